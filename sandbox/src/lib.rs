@@ -1,0 +1,1 @@
+//! Runs one command in Linux namespaces made for it.

@@ -1,0 +1,162 @@
+//! What a store of blobs and directories can do, whatever it keeps them in.
+//!
+//! Calls block: whoever reads a store in bulk (the view, ingest, export) works in threads of its own,
+//! and the gRPC services move each call off their executor.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use super::node::{Digest, Directory, NodeError};
+
+/// Keeps blobs: byte strings of any length, named by their digest.
+pub trait BlobService: Send + Sync {
+    /// Whether the blob is there.
+    ///
+    /// # Errors
+    /// Where the store can't tell.
+    fn has(&self, digest: &Digest) -> Result<bool, StoreError>;
+
+    /// Opens a blob; `None` where there is none of this digest.
+    ///
+    /// # Errors
+    /// Where the store can't tell, or can't read it.
+    fn open(&self, digest: &Digest) -> Result<Option<Arc<dyn Blob>>, StoreError>;
+
+    /// Begins a new blob. It comes into being, whole, with [`BlobWriter::finish`]; a writer that is
+    /// dropped before leaves nothing.
+    ///
+    /// # Errors
+    /// Where the store can't be written to.
+    fn create(&self) -> Result<Box<dyn BlobWriter>, StoreError>;
+}
+
+/// A blob, open for reading.
+pub trait Blob: Send + Sync {
+    /// Length in bytes.
+    fn size(&self) -> u64;
+
+    /// Reads bytes from `offset` on into `buffer`; fewer than asked for only at the end.
+    ///
+    /// # Errors
+    /// Where the store can't give them.
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
+
+    /// The file that holds exactly these bytes, if there is one.
+    fn file(&self) -> Option<&File> {
+        None
+    }
+}
+
+/// A blob in the making.
+pub trait BlobWriter: io::Write + Send {
+    /// Completes the blob and yields its digest and its length in bytes.
+    ///
+    /// # Errors
+    /// Where it could not be stored; nothing of it is left then.
+    fn finish(self: Box<Self>) -> Result<(Digest, u64), StoreError>;
+}
+
+/// Keeps directories, named by the digest of their canonical encoding.
+pub trait DirectoryService: Send + Sync {
+    /// The directory of this digest; `None` where there is none.
+    ///
+    /// # Errors
+    /// Where the store can't tell, or holds something else under this digest.
+    fn get(&self, digest: &Digest) -> Result<Option<Arc<Directory>>, StoreError>;
+
+    /// Stores directories, children before parents, all of them or none.
+    ///
+    /// # Errors
+    /// [`StoreError::MissingChild`] and [`StoreError::ChildSize`] where a directory refers to one that is
+    /// neither in the store nor among those before it, or states another size for it.
+    fn put(&self, directories: Vec<Directory>) -> Result<(), StoreError>;
+}
+
+/// A store: the two services that belong together.
+#[derive(Clone)]
+pub struct Store {
+    /// The blobs.
+    pub blobs: Arc<dyn BlobService>,
+    /// The directories.
+    pub directories: Arc<dyn DirectoryService>,
+}
+
+/// Why a store could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The operating system refused something.
+    #[error("can't {act} {object}: {source}")]
+    Io {
+        /// What was tried, as a verb.
+        act: &'static str,
+        /// What it was tried on.
+        object: String,
+        /// The refusal.
+        source: io::Error,
+    },
+    /// The database of directories refused something.
+    #[error("can't {act} the directory database: {source}")]
+    Database {
+        /// What was tried, as a verb.
+        act: &'static str,
+        /// The refusal.
+        source: Box<redb::Error>,
+    },
+    /// What stands under the digest is not what the digest names.
+    #[error("the {kind} {digest} in the store is damaged")]
+    Damaged {
+        /// `blob` or `directory`.
+        kind: &'static str,
+        /// Its digest.
+        digest: Digest,
+    },
+    /// A directory came before one of its children.
+    #[error("the directory {parent} has a child \"{name}\" of digest {child}, which is not in the store")]
+    MissingChild {
+        /// The directory.
+        parent: Digest,
+        /// The child's name, escaped.
+        name: String,
+        /// The child's digest.
+        child: Digest,
+    },
+    /// A directory states a wrong size for a child.
+    #[error("the directory {parent} states size {stated} for its child \"{name}\", which has size {actual}")]
+    ChildSize {
+        /// The directory.
+        parent: Digest,
+        /// The child's name, escaped.
+        name: String,
+        /// The size stated.
+        stated: u64,
+        /// The size the child has.
+        actual: u64,
+    },
+    /// Another process works on this store.
+    #[error("the store at {path} is in use by another process")]
+    InUse {
+        /// Where it lies.
+        path: String,
+    },
+    /// What came from the store is not valid.
+    #[error("the store gave an invalid directory: {0}")]
+    Invalid(#[from] NodeError),
+    /// A store elsewhere refused something.
+    #[error("the store at {address} could not {act}: {message}")]
+    Remote {
+        /// Its address.
+        address: String,
+        /// What it was asked, as a verb.
+        act: &'static str,
+        /// What it answered.
+        message: String,
+    },
+}
+
+impl StoreError {
+    /// An operating system's refusal of `act` on `object`.
+    pub fn io(act: &'static str, object: impl Into<String>, source: io::Error) -> Self {
+        Self::Io { act, object: object.into(), source }
+    }
+}

@@ -1,0 +1,3 @@
+//! Executes content-addressed build requests in Linux namespaces it makes itself.
+
+pub mod castore;

@@ -1,0 +1,2 @@
+//! Arguments, dispatch, exit code.
+fn main() {}
