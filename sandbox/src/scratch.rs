@@ -168,7 +168,7 @@ mod tests {
         symlink(&outside, tree.join("a/link")).unwrap();
         symlink("..", tree.join("a/b/up")).unwrap();
         fs::write(tree.join("a/b/c/file"), "x").unwrap();
-        fs::set_permissions(tree.join("a/b/c"), PermissionsExt::from_mode(0)).unwrap();
+        fs::set_permissions(tree.join("a/b/c"), PermissionsExt::from_mode(0o000)).unwrap();
         fs::set_permissions(tree.join("a/b"), PermissionsExt::from_mode(0o555)).unwrap();
         remove_tree(handle(dir.path()).as_fd(), c"tree").unwrap();
         assert!(!tree.exists());

@@ -2,7 +2,7 @@
 
 use nix::errno::Errno;
 use nix::sys::prctl;
-use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{self, Gid, Uid};
 
 use crate::ids::{BUILD_GID, BUILD_UID, Groups, IdMap};
@@ -71,7 +71,6 @@ pub fn limit() -> Result<(), SetupFailure> {
         let (_, files) = getrlimit(Resource::RLIMIT_NOFILE)?;
         setrlimit(Resource::RLIMIT_NOFILE, files, files)?;
         let (_, core) = getrlimit(Resource::RLIMIT_CORE)?;
-        debug_assert!(core <= RLIM_INFINITY);
         setrlimit(Resource::RLIMIT_CORE, 0, core)
     };
     step().map_err(|errno| SetupFailure::new(Step::Limits, errno, ""))
