@@ -25,7 +25,7 @@ pub mod scratch;
 mod spawner;
 mod sys;
 
-pub use ids::{Identity, Owner};
+pub use ids::{IdMap, Identity, Owner};
 pub use plan::{Access, Command, Entry, Layer, Mount, MountPoint, Network, Plan};
 pub use report::{ExitStatus, Report, SetupFailure, Step};
 pub use spawner::{Sandbox, SpawnError, Spawner, Stdio};
