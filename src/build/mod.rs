@@ -1,0 +1,3 @@
+//! A build, from the request to the last event.
+
+pub mod request;
