@@ -1,5 +1,6 @@
 //! The castore: blobs and directories named by what they hold.
 
+pub mod memory;
 pub mod node;
 pub mod traits;
 

@@ -1,0 +1,152 @@
+//! A store in memory: for tests, and for workers that need not outlive their process.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::{Blob, BlobService, BlobWriter, Digest, Directory, DirectoryService, Store, StoreError};
+
+/// An empty store.
+pub fn store() -> Store {
+    let memory = Arc::new(MemoryStore::default());
+    Store { blobs: Arc::clone(&memory) as _, directories: memory }
+}
+
+/// Blobs and directories, for as long as the value lives.
+#[derive(Default)]
+pub struct MemoryStore {
+    blobs: Arc<Mutex<HashMap<Digest, Arc<[u8]>>>>,
+    directories: Mutex<HashMap<Digest, Arc<Directory>>>,
+}
+
+impl BlobService for MemoryStore {
+    fn has(&self, digest: &Digest) -> Result<bool, StoreError> {
+        Ok(lock(&self.blobs).contains_key(digest))
+    }
+
+    fn open(&self, digest: &Digest) -> Result<Option<Arc<dyn Blob>>, StoreError> {
+        let bytes = lock(&self.blobs).get(digest).cloned();
+        Ok(bytes.map(|bytes| Arc::new(MemoryBlob(bytes)) as Arc<dyn Blob>))
+    }
+
+    fn create(&self) -> Result<Box<dyn BlobWriter>, StoreError> {
+        Ok(Box::new(MemoryWriter { blobs: Arc::clone(&self.blobs), bytes: Vec::new() }))
+    }
+}
+
+impl DirectoryService for MemoryStore {
+    fn get(&self, digest: &Digest) -> Result<Option<Arc<Directory>>, StoreError> {
+        Ok(lock(&self.directories).get(digest).cloned())
+    }
+
+    fn put(&self, directories: Vec<Directory>) -> Result<(), StoreError> {
+        let mut stored = lock(&self.directories);
+        let mut new: HashMap<Digest, Arc<Directory>> = HashMap::new();
+        for directory in directories {
+            let parent = directory.digest();
+            for (name, child, stated) in directory.child_directories() {
+                let name = || name.to_string();
+                let Some(known) = new.get(&child).or_else(|| stored.get(&child)) else {
+                    return Err(StoreError::MissingChild { parent, name: name(), child });
+                };
+                let actual = known.size();
+                if actual != stated {
+                    return Err(StoreError::ChildSize { parent, name: name(), stated, actual });
+                }
+            }
+            new.insert(parent, Arc::new(directory));
+        }
+        stored.extend(new);
+        Ok(())
+    }
+}
+
+struct MemoryBlob(Arc<[u8]>);
+
+impl Blob for MemoryBlob {
+    fn size(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        let mut rest = usize::try_from(offset).ok().and_then(|at| self.0.get(at..)).unwrap_or_default();
+        io::Read::read(&mut rest, buffer)
+    }
+}
+
+struct MemoryWriter {
+    blobs: Arc<Mutex<HashMap<Digest, Arc<[u8]>>>>,
+    bytes: Vec<u8>,
+}
+
+impl io::Write for MemoryWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.bytes.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl BlobWriter for MemoryWriter {
+    fn finish(self: Box<Self>) -> Result<(Digest, u64), StoreError> {
+        let digest = Digest::of(&self.bytes);
+        let len = self.bytes.len() as u64;
+        lock(&self.blobs).insert(digest, self.bytes.into());
+        Ok((digest, len))
+    }
+}
+
+/// A lock whose holder can't leave the map half changed.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+    use crate::castore::{Name, Node};
+
+    #[test]
+    fn a_blob_comes_into_being_with_finish() {
+        let store = store();
+        let digest = Digest::of(b"hello");
+        let mut writer = store.blobs.create().unwrap();
+        writer.write_all(b"hel").unwrap();
+        writer.write_all(b"lo").unwrap();
+        assert!(!store.blobs.has(&digest).unwrap());
+        assert_eq!(writer.finish().unwrap(), (digest, 5));
+        let blob = store.blobs.open(&digest).unwrap().unwrap();
+        let cases: [(u64, usize, &[u8]); 5] =
+            [(0, 9, b"hello"), (0, 2, b"he"), (3, 9, b"lo"), (5, 9, b""), (u64::MAX, 9, b"")];
+        for (offset, len, expected) in cases {
+            let mut buffer = vec![0; len];
+            let read = blob.read_at(&mut buffer, offset).unwrap();
+            assert_eq!(&buffer[..read], expected, "from {offset}");
+        }
+        assert!(store.blobs.open(&Digest::of(b"other")).unwrap().is_none());
+    }
+
+    #[test]
+    fn directories_are_stored_all_or_none() {
+        let store = store().directories;
+        let leaf = Directory::new();
+        let mut parent = Directory::new();
+        parent.insert(Name::new("leaf").unwrap(), leaf.node()).unwrap();
+        let mut liar = Directory::new();
+        liar.insert(Name::new("leaf").unwrap(), Node::Directory { digest: leaf.digest(), size: 3 }).unwrap();
+
+        let refused = store.put(vec![parent.clone(), leaf.clone()]).unwrap_err();
+        assert!(matches!(refused, StoreError::MissingChild { .. }), "{refused}");
+        let refused = store.put(vec![leaf.clone(), liar]).unwrap_err();
+        assert!(matches!(refused, StoreError::ChildSize { stated: 3, actual: 0, .. }), "{refused}");
+        assert!(store.get(&leaf.digest()).unwrap().is_none(), "nothing of it is left");
+
+        store.put(vec![leaf, parent.clone()]).unwrap();
+        assert_eq!(*store.get(&parent.digest()).unwrap().unwrap(), parent);
+    }
+}

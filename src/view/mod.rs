@@ -1,0 +1,370 @@
+//! The castore as one FUSE file system for all builds: `/<build id>/<input name>`.
+//!
+//! Content never changes, so the kernel may remember everything for ever, and a second look costs no
+//! request. Only the root changes, when a build comes or goes.
+//!
+//! # What the store can't give
+//! A read that the store does not answer with exactly the bytes named is an I/O error to its reader. The
+//! build would take that for its own, so it is recorded as well, *before* the reader gets its error: as
+//! [`Exposed::fault`] of each build concerned. These are, for a directory, the build it was reached in,
+//! and for a file, whose pages all builds share, every build that has seen a directory with such a file.
+//! One build's broken input is thus no other's fault.
+
+mod fs;
+mod inodes;
+mod mount;
+mod recent;
+
+use std::collections::{BTreeMap, HashMap};
+use std::future::Future;
+use std::io;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread::JoinHandle;
+
+use fuser::{INodeNo, Notifier};
+use tokio::sync::watch;
+
+use crate::castore::{Blob, Digest, Name, Node, NodeError, Store, StoreError};
+use inodes::{Inodes, Listing};
+use recent::Recent;
+
+/// How many blobs are kept open, and so how many file descriptors the view takes.
+const OPEN_BLOBS: usize = 512;
+
+/// How many directory entries are kept beyond what the kernel remembers, for the next build.
+const RECENT_ENTRIES: usize = 1 << 18;
+
+/// Whom everything in the view belongs to, in ids of the user namespace that mounts it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Owner {
+    /// The user.
+    pub uid: u32,
+    /// The group.
+    pub gid: u32,
+}
+
+/// The mounted view. Dropping it unmounts it, whatever is still in use; that may take seconds where the
+/// store does not answer.
+pub struct View {
+    at: PathBuf,
+    shared: Arc<Shared>,
+    // Dropped before the usher: aborting the connection frees it from whatever it waits for.
+    mounted: mount::Mounted,
+    usher: Usher,
+}
+
+impl View {
+    /// Mounts the view at the directory `at`, in the mount namespace of the calling thread.
+    ///
+    /// The namespace should be private to this process. `threads` is how many requests are answered at
+    /// a time; one that waits for the store keeps its thread.
+    ///
+    /// # Errors
+    /// [`ViewError::Device`], [`ViewError::Mount`] and [`ViewError::Session`] where the kernel refuses.
+    pub fn mount(store: Store, at: &Path, owner: Owner, threads: NonZeroUsize) -> Result<Self, ViewError> {
+        let at = std::path::absolute(at).map_err(|source| ViewError::Mount { at: at.to_owned(), source })?;
+        let shared = Arc::new(Shared {
+            store,
+            owner,
+            inodes: Mutex::new(Inodes::new()),
+            listings: Mutex::new(Recent::new(RECENT_ENTRIES)),
+            blobs: Mutex::new(Recent::new(OPEN_BLOBS)),
+            builds: Mutex::new(HashMap::new()),
+        });
+        let on_end = {
+            let shared = Arc::clone(&shared);
+            move |end: io::Result<()>| {
+                let cause = end.err().map_or_else(|| "it was unmounted".to_owned(), |e| e.to_string());
+                shared.fault(&shared.exposed(), Fault::Ended { cause });
+            }
+        };
+        let filesystem = fs::Castore::new(Arc::clone(&shared));
+        let mounted = mount::Mounted::new(filesystem, &at, threads, on_end)?;
+        let usher = Usher::new(Arc::clone(&shared), mounted.notifier())
+            .map_err(|source| ViewError::Session { source })?;
+        Ok(Self { at, shared, mounted, usher })
+    }
+
+    /// Makes the directory `build_id` with `inputs` as its entries. It is there when this returns, and
+    /// goes with the value that it returns.
+    ///
+    /// Nothing is read from the store yet.
+    ///
+    /// # Errors
+    /// [`ViewError::Id`] where `build_id` can't be a name; [`ViewError::InUse`] where it is taken, be it
+    /// by a build that is just going.
+    pub fn expose(&self, build_id: &str, inputs: BTreeMap<Name, Node>) -> Result<Exposed, ViewError> {
+        let name = Name::new(build_id).map_err(ViewError::Id)?;
+        let inputs = Arc::new(Listing::from(inputs));
+        let (report, fault) = watch::channel(None);
+        let number = {
+            // Under both locks, so that no fault finds the directory without its build.
+            let mut builds = lock(&self.shared.builds);
+            let number = lock(&self.shared.inodes).expose(name.clone(), inputs);
+            let number = number.ok_or_else(|| ViewError::InUse { id: build_id.to_owned() })?;
+            builds.insert(number, report);
+            number
+        };
+        forget_listing(&self.mounted.notifier());
+        Ok(Exposed {
+            path: self.at.join(name.as_os_str()),
+            name,
+            number,
+            fault,
+            shared: Arc::clone(&self.shared),
+            farewells: self.usher.farewells.clone(),
+        })
+    }
+
+    /// How many inodes the view keeps for the kernel, the root's not counted.
+    pub fn inodes(&self) -> usize {
+        lock(&self.shared.inodes).len()
+    }
+}
+
+/// A build's directory in the view. Dropping it takes the directory away, without waiting for that.
+pub struct Exposed {
+    path: PathBuf,
+    name: Name,
+    number: u64,
+    fault: watch::Receiver<Option<Arc<Fault>>>,
+    shared: Arc<Shared>,
+    farewells: mpsc::Sender<Farewell>,
+}
+
+impl Exposed {
+    /// The directory's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The first fault that this build may have met, if there was one.
+    ///
+    /// A build that met one must not be judged by its exit status.
+    pub fn fault(&self) -> Option<Arc<Fault>> {
+        self.fault.borrow().clone()
+    }
+
+    /// Waits for the first fault that this build may have met.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost by dropping the future.
+    pub fn faulted(&self) -> impl Future<Output = Arc<Fault>> + Send + 'static {
+        let mut fault = self.fault.clone();
+        async move {
+            match fault.wait_for(Option::is_some).await.map(|fault| fault.clone()) {
+                Ok(Some(fault)) => fault,
+                // The sender is gone, and with it all that could go wrong.
+                _ => std::future::pending().await,
+            }
+        }
+    }
+}
+
+impl Drop for Exposed {
+    fn drop(&mut self) {
+        lock(&self.shared.inodes).retire(&self.name);
+        lock(&self.shared.builds).remove(&self.number);
+        let farewell = Farewell::Build(self.name.clone());
+        if self.farewells.send(farewell).is_err() {
+            // The view is gone, and the kernel's memory of it.
+            lock(&self.shared.inodes).release(&self.name);
+        }
+    }
+}
+
+impl std::fmt::Debug for Exposed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Exposed").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+enum Farewell {
+    Build(Name),
+    Stop,
+}
+
+/// Sees builds out. In a thread of its own, since the kernel may take its time over a large tree, and may
+/// wait for a request that is being answered.
+struct Usher {
+    farewells: mpsc::Sender<Farewell>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Usher {
+    fn new(shared: Arc<Shared>, notifier: Notifier) -> io::Result<Self> {
+        let (farewells, waiting) = mpsc::channel();
+        let run = move || {
+            while let Ok(Farewell::Build(name)) = waiting.recv() {
+                if let Err(error) = notifier.inval_entry(INodeNo::ROOT, name.as_os_str()) {
+                    tracing::debug!(build = %name, "the kernel was not told that a build has gone: {error}");
+                }
+                forget_listing(&notifier);
+                lock(&shared.inodes).release(&name);
+            }
+        };
+        let thread = std::thread::Builder::new().name("view-usher".to_owned()).spawn(run)?;
+        Ok(Self { farewells, thread: Some(thread) })
+    }
+}
+
+impl Drop for Usher {
+    fn drop(&mut self) {
+        let _ = self.farewells.send(Farewell::Stop);
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+/// Makes the kernel ask again what the root holds.
+fn forget_listing(notifier: &Notifier) {
+    if let Err(error) = notifier.inval_inode(INodeNo::ROOT, 0, 0) {
+        tracing::debug!("the kernel was not told that the list of builds has changed: {error}");
+    }
+}
+
+/// What the threads of the file system work on.
+struct Shared {
+    store: Store,
+    owner: Owner,
+    inodes: Mutex<Inodes>,
+    listings: Mutex<Recent<Digest, Arc<Listing>>>,
+    blobs: Mutex<Recent<Digest, Arc<dyn Blob>>>,
+    /// Where the faults of each exposed build go, by the number of its directory.
+    builds: Mutex<HashMap<u64, watch::Sender<Option<Arc<Fault>>>>>,
+}
+
+impl Shared {
+    fn exposed(&self) -> Vec<u64> {
+        lock(&self.builds).keys().copied().collect()
+    }
+
+    /// Records a fault of the builds whose directories are `concerned`.
+    fn fault(&self, concerned: &[u64], fault: Fault) {
+        let fault = Arc::new(fault);
+        let builds = lock(&self.builds);
+        let mut first = false;
+        for report in concerned.iter().filter_map(|number| builds.get(number)) {
+            first |= report.send_if_modified(|seen| {
+                let first = seen.is_none();
+                seen.get_or_insert_with(|| Arc::clone(&fault));
+                first
+            });
+        }
+        drop(builds);
+        if first {
+            tracing::error!("a build can't read its inputs: {fault}");
+        }
+    }
+}
+
+/// A lock whose holder can't leave the value half changed.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Why a build could not read its inputs.
+#[derive(Debug, thiserror::Error)]
+pub enum Fault {
+    /// The store has no such blob.
+    #[error("the blob {digest} is not in the store")]
+    MissingBlob {
+        /// Its digest.
+        digest: Digest,
+    },
+    /// The store has no such directory.
+    #[error("the directory {digest} is not in the store")]
+    MissingDirectory {
+        /// Its digest.
+        digest: Digest,
+    },
+    /// A blob is not as long as an entry says.
+    #[error("the blob {digest} has {actual} bytes where a directory states {stated}")]
+    Size {
+        /// Its digest.
+        digest: Digest,
+        /// The length stated.
+        stated: u64,
+        /// The length it has.
+        actual: u64,
+    },
+    /// The store could not open something.
+    #[error("can't get {digest} from the store: {source}")]
+    Store {
+        /// What was to be opened.
+        digest: Digest,
+        /// The store's reason.
+        source: StoreError,
+    },
+    /// A blob could not be read.
+    #[error("can't read the blob {digest} at byte {offset}: {source}")]
+    Read {
+        /// Its digest.
+        digest: Digest,
+        /// Where in it.
+        offset: u64,
+        /// The refusal.
+        source: io::Error,
+    },
+    /// The file system has ended.
+    #[error("the file system that shows the inputs has ended: {cause}")]
+    Ended {
+        /// Why.
+        cause: String,
+    },
+}
+
+/// Why there is no view, or no directory in it.
+#[derive(Debug, thiserror::Error)]
+pub enum ViewError {
+    /// The FUSE device can't be opened.
+    #[error("can't open /dev/fuse: {source}{}", device_hint(.source))]
+    Device {
+        /// The refusal.
+        source: io::Error,
+    },
+    /// The kernel refused the mount.
+    #[error("can't mount FUSE at {}: {source}{}", .at.display(), mount_hint(.source))]
+    Mount {
+        /// Where.
+        at: PathBuf,
+        /// The refusal.
+        source: io::Error,
+    },
+    /// The kernel and we did not come to terms, or a thread could not be started.
+    #[error("can't start to serve FUSE: {source}")]
+    Session {
+        /// The refusal.
+        source: io::Error,
+    },
+    /// The build's id can't be the name of a directory.
+    #[error("a build id must be a file name: {0}")]
+    Id(NodeError),
+    /// Another build has this id.
+    #[error("the view has a build {id} already")]
+    InUse {
+        /// The id.
+        id: String,
+    },
+}
+
+fn device_hint(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::ENOENT) => " (a container needs `--device /dev/fuse`; a host, the kernel module `fuse`)",
+        Some(libc::ENODEV | libc::ENXIO) => " (the kernel module `fuse` is not loaded)",
+        Some(libc::EACCES | libc::EPERM) => " (this user, or this container, may not use the device)",
+        _ => "",
+    }
+}
+
+fn mount_hint(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EPERM) => " (mounting needs CAP_SYS_ADMIN over the mount namespace)",
+        Some(libc::ENODEV) => " (this kernel has no FUSE)",
+        _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,424 @@
+//! The view, mounted for real. Each test has a mount namespace of its own, which goes with its thread.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use nix::sched::{CloneFlags, unshare};
+
+use super::*;
+use crate::castore::memory;
+use crate::castore::{BlobService, BlobWriter, Directory, DirectoryService, Target};
+
+const OWNER: Owner = Owner { uid: 1234, gid: 4321 };
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Runs `test` with a view of `store` in a private mount namespace. Says so where that can't be had.
+fn with_view(store: Store, test: impl FnOnce(&View) + Send) {
+    if !nix::unistd::geteuid().is_root() || !Path::new("/dev/fuse").exists() {
+        eprintln!("skipped: mounting FUSE needs root and /dev/fuse here");
+        return;
+    }
+    std::thread::scope(|scope| {
+        let run = || {
+            if let Err(errno) = unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS) {
+                eprintln!("skipped: can't have a mount namespace: {errno}");
+                return;
+            }
+            let private = nix::mount::MsFlags::MS_REC | nix::mount::MsFlags::MS_PRIVATE;
+            nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
+            let at = tempfile::tempdir().unwrap();
+            let view = View::mount(store, at.path(), OWNER, NonZeroUsize::new(3).unwrap()).unwrap();
+            test(&view);
+            drop(view);
+            assert_eq!(fs::read_dir(at.path()).unwrap().count(), 0, "still mounted");
+        };
+        if let Err(panic) = scope.spawn(run).join() {
+            std::panic::resume_unwind(panic);
+        }
+    });
+}
+
+fn name(text: &str) -> Name {
+    Name::new(text).unwrap()
+}
+
+fn file(store: &Store, bytes: &[u8], executable: bool) -> Node {
+    let mut writer = store.blobs.create().unwrap();
+    writer.write_all(bytes).unwrap();
+    let (digest, size) = writer.finish().unwrap();
+    Node::File { digest, size, executable }
+}
+
+fn directory(store: &Store, entries: impl IntoIterator<Item = (String, Node)>) -> Node {
+    let mut directory = Directory::new();
+    for (entry, node) in entries {
+        directory.insert(name(&entry), node).unwrap();
+    }
+    let node = directory.node();
+    store.directories.put(vec![directory]).unwrap();
+    node
+}
+
+fn link(target: &str) -> Node {
+    Node::Symlink { target: Target::new(target).unwrap() }
+}
+
+fn inputs<const N: usize>(entries: [(&str, Node); N]) -> BTreeMap<Name, Node> {
+    entries.into_iter().map(|(entry, node)| (name(entry), node)).collect()
+}
+
+fn noise(len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    blake3::Hasher::new().finalize_xof().fill(&mut bytes);
+    bytes
+}
+
+/// Waits for the kernel to have forgotten: its notices come when they come.
+fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < PATIENCE, "waited in vain for: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn trees_read_back_as_they_are() {
+    let store = memory::store();
+    let big = noise(3 << 20 | 77);
+    let deep = directory(&store, [("big".to_owned(), file(&store, &big, false))]);
+    let tree = directory(
+        &store,
+        [
+            ("deep".to_owned(), deep),
+            ("empty".to_owned(), directory(&store, [])),
+            ("run".to_owned(), file(&store, b"#!/bin/sh\necho ran\n", true)),
+            ("link".to_owned(), link("deep/big")),
+            ("nothing".to_owned(), file(&store, b"", false)),
+        ],
+    );
+    let bare = file(&store, b"bare", false);
+    with_view(store, |view| {
+        let entries = inputs([("tree", tree), ("bare", bare), ("dangling", link("/no/where"))]);
+        let exposed = view.expose("b1", entries).unwrap();
+        let at = |path: &str| exposed.path().join(path);
+        assert_eq!(fs::read(at("bare")).unwrap(), b"bare");
+        assert!(fs::read(at("tree/deep/big")).unwrap() == big);
+        assert!(fs::read(at("tree/link")).unwrap() == big, "through the link");
+        assert_eq!(fs::read(at("tree/nothing")).unwrap(), b"");
+        assert_eq!(fs::read_link(at("dangling")).unwrap(), Path::new("/no/where"));
+        assert_eq!(fs::read_dir(at("tree/empty")).unwrap().count(), 0);
+        assert_eq!(Command::new(at("tree/run")).output().unwrap().stdout, b"ran\n");
+
+        let names = |path: &str| -> BTreeSet<_> {
+            fs::read_dir(at(path)).unwrap().map(|entry| entry.unwrap().file_name()).collect()
+        };
+        assert_eq!(names(""), ["bare", "dangling", "tree"].map(Into::into).into());
+        assert_eq!(names("tree"), ["deep", "empty", "link", "nothing", "run"].map(Into::into).into());
+
+        let partial = fs::File::open(at("tree/deep/big")).unwrap();
+        for offset in [0, 1, 4095, 131_071, 1 << 20, big.len() - 5, big.len(), big.len() + 9] {
+            let mut buffer = [0; 10_000];
+            let read = partial.read_at(&mut buffer, offset as u64).unwrap();
+            let expected = &big[offset.min(big.len())..(offset + 10_000).min(big.len())];
+            assert!(&buffer[..read] == expected, "at {offset}");
+        }
+        let missing = fs::metadata(view.at.join("b2")).unwrap_err();
+        assert_eq!(missing.raw_os_error(), Some(libc::ENOENT));
+        assert!(exposed.fault().is_none());
+    });
+}
+
+#[test]
+fn attributes_are_those_of_a_store() {
+    let store = memory::store();
+    let (plain, program) = (file(&store, &noise(5000), false), file(&store, b"x", true));
+    let empty = directory(&store, []);
+    with_view(store, |view| {
+        let entries = inputs([("plain", plain), ("program", program), ("dir", empty), ("link", link("abc"))]);
+        let exposed = view.expose("b1", entries).unwrap();
+        let cases = [
+            ("", 0o040_555, 0u64),
+            ("plain", 0o100_444, 5000),
+            ("program", 0o100_555, 1),
+            ("dir", 0o040_555, 0),
+            ("link", 0o120_777, 3),
+        ];
+        for (path, mode, size) in cases {
+            let found = fs::symlink_metadata(exposed.path().join(path)).unwrap();
+            assert_eq!(format!("{:o}", found.mode()), format!("{mode:o}"), "{path}");
+            assert_eq!((found.size(), found.blocks()), (size, size.div_ceil(512)), "{path}");
+            assert_eq!((found.uid(), found.gid(), found.nlink()), (OWNER.uid, OWNER.gid, 1), "{path}");
+            assert_eq!((found.mtime(), found.atime(), found.ctime()), (1, 1, 1), "{path}");
+        }
+    });
+}
+
+#[test]
+fn nothing_can_be_changed() {
+    let store = memory::store();
+    let tree = directory(&store, [("file".to_owned(), file(&store, b"x", false))]);
+    with_view(store, |view| {
+        let exposed = view.expose("b1", inputs([("tree", tree)])).unwrap();
+        let path = exposed.path().join("tree/file");
+        let refusals = [
+            ("unlink", fs::remove_file(&path)),
+            ("open for writing", fs::OpenOptions::new().write(true).open(&path).map(drop)),
+            ("create", fs::write(exposed.path().join("new"), b"")),
+            ("rename", fs::rename(&path, exposed.path().join("other"))),
+            ("chmod", fs::set_permissions(&path, fs::Permissions::from_mode(0o777))),
+            ("mkdir", fs::create_dir(exposed.path().join("tree/dir"))),
+        ];
+        for (act, refusal) in refusals {
+            assert_eq!(refusal.unwrap_err().raw_os_error(), Some(libc::EROFS), "{act}");
+        }
+    });
+}
+
+/// The kernel has one dentry per directory number: were it shared, the second name would take the
+/// directory away from the first.
+#[test]
+fn one_directory_under_two_names_keeps_both_places() {
+    let store = memory::store();
+    let inner = directory(&store, [("leaf".to_owned(), file(&store, b"leaf", false))]);
+    let twin = directory(&store, [("inner".to_owned(), inner)]);
+    let (a, b) = (file(&store, b"in a", false), file(&store, b"in b", false));
+    let outer_a = directory(&store, [("twin".to_owned(), twin.clone()), ("mark".to_owned(), a)]);
+    let outer_b = directory(&store, [("twin".to_owned(), twin), ("mark".to_owned(), b)]);
+    with_view(store, |view| {
+        let both = || inputs([("a", outer_a.clone()), ("b", outer_b.clone())]);
+        let builds = [view.expose("b1", both()).unwrap(), view.expose("b2", both()).unwrap()];
+        // All four places are held open at once, and looked at in turn.
+        let script = "cd \"$1/twin/inner\" && read -r go && /bin/pwd -P && cat ../../mark leaf";
+        let mut shells = Vec::new();
+        for build in &builds {
+            for outer in ["a", "b"] {
+                let outer = build.path().join(outer);
+                let mut command = Command::new("/bin/sh");
+                command.args(["-c", script, "sh"]).arg(&outer);
+                command.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+                shells.push((outer, command.spawn().unwrap()));
+            }
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        for build in &builds {
+            let found = Command::new("find").arg(build.path()).output().unwrap();
+            assert_eq!(found.stdout.iter().filter(|byte| **byte == b'\n').count(), 1 + 2 + 2 * 4);
+        }
+        for (outer, mut shell) in shells {
+            shell.stdin.take().unwrap().write_all(b"go\n").unwrap();
+            let said = String::from_utf8(shell.wait_with_output().unwrap().stdout).unwrap();
+            let mark = if outer.ends_with("a") { "in a" } else { "in b" };
+            assert_eq!(said, format!("{}/twin/inner\n{mark}leaf", outer.display()));
+        }
+    });
+}
+
+#[test]
+fn files_of_equal_contents_share_their_pages_across_builds() {
+    let store = memory::store();
+    let shared = file(&store, b"shared", false);
+    with_view(store, |view| {
+        let exposed = ["b1", "b2"].map(|id| view.expose(id, inputs([("x", shared.clone())])).unwrap());
+        let inode = |build: &Exposed| fs::metadata(build.path().join("x")).unwrap().ino();
+        assert_eq!(inode(&exposed[0]), inode(&exposed[1]));
+        assert_ne!(
+            fs::metadata(exposed[0].path()).unwrap().ino(),
+            fs::metadata(exposed[1].path()).unwrap().ino()
+        );
+    });
+}
+
+#[test]
+fn large_directories_are_listed_once_through() {
+    const ENTRIES: usize = 20_000;
+    let store = memory::store();
+    let node = file(&store, b"x", false);
+    let subdirectory = directory(&store, []);
+    let many = (0..ENTRIES).map(|n| {
+        let node = if n % 100 == 0 { subdirectory.clone() } else { node.clone() };
+        (format!("entry-{n:05}-{}", "x".repeat(n % 50)), node)
+    });
+    let large = directory(&store, many);
+    with_view(store, |view| {
+        let exposed = view.expose("b1", inputs([("large", large)])).unwrap();
+        let path = exposed.path().join("large");
+        // The second time with attributes known to the kernel, the third time from its own cache.
+        for turn in 0..3 {
+            let listed: Vec<_> =
+                fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+            assert_eq!(listed.len(), ENTRIES, "turn {turn}");
+            assert!(listed.is_sorted(), "turn {turn}");
+            let found =
+                fs::read_dir(&path).unwrap().filter(|e| e.as_ref().unwrap().metadata().unwrap().is_dir());
+            assert_eq!(found.count(), ENTRIES / 100, "turn {turn}");
+        }
+        drop(exposed);
+        wait_for("the table to be empty", || view.inodes() == 0);
+    });
+}
+
+#[test]
+fn builds_come_and_go_and_leave_nothing() {
+    let store = memory::store();
+    let inner = directory(&store, [("leaf".to_owned(), file(&store, b"leaf", false))]);
+    let tree = directory(
+        &store,
+        [
+            ("inner".to_owned(), inner),
+            ("link".to_owned(), link("inner")),
+            ("run".to_owned(), file(&store, b"r", true)),
+        ],
+    );
+    with_view(store, |view| {
+        let listed = || -> BTreeSet<_> {
+            fs::read_dir(&view.at)
+                .unwrap()
+                .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+                .collect()
+        };
+        let stays = view.expose("stays", inputs([("tree", tree.clone())])).unwrap();
+        fs::read(stays.path().join("tree/inner/leaf")).unwrap();
+        fs::read_dir(stays.path().join("tree")).unwrap().for_each(drop);
+        let baseline = view.inodes();
+        for round in 0..1000 {
+            let id = format!("build-{round}");
+            assert!(!view.at.join(&id).exists());
+            let exposed = view.expose(&id, inputs([("tree", tree.clone()), ("link", link("x"))])).unwrap();
+            assert_eq!(fs::read(exposed.path().join("tree/link/leaf")).unwrap(), b"leaf");
+            assert!(!exposed.path().join("tree/none").exists());
+            fs::read_dir(exposed.path().join("tree")).unwrap().for_each(drop);
+            if round % 100 == 0 {
+                assert_eq!(listed(), ["stays".to_owned(), id.clone()].into());
+            }
+            drop(exposed);
+            if round % 100 == 0 {
+                wait_for("the build to be gone", || !listed().contains(&id));
+            }
+        }
+        wait_for("the table to be as before", || view.inodes() == baseline);
+        assert_eq!(listed(), ["stays".to_owned()].into());
+        drop(stays);
+        wait_for("the table to be empty", || view.inodes() == 0);
+    });
+}
+
+#[test]
+fn ids_are_names_and_taken_once() {
+    with_view(memory::store(), |view| {
+        assert!(matches!(view.expose("a/b", BTreeMap::new()), Err(ViewError::Id(_))));
+        let exposed = view.expose("a", BTreeMap::new()).unwrap();
+        assert!(matches!(view.expose("a", BTreeMap::new()), Err(ViewError::InUse { .. })));
+        drop(exposed);
+        wait_for("the id to be free", || view.expose("a", BTreeMap::new()).is_ok());
+    });
+}
+
+/// A store that lacks what it is told to lack.
+struct Lacking {
+    inner: Store,
+    digest: Digest,
+}
+
+impl BlobService for Lacking {
+    fn has(&self, digest: &Digest) -> Result<bool, StoreError> {
+        self.inner.blobs.has(digest)
+    }
+
+    fn open(&self, digest: &Digest) -> Result<Option<Arc<dyn Blob>>, StoreError> {
+        if *digest == self.digest { Ok(None) } else { self.inner.blobs.open(digest) }
+    }
+
+    fn create(&self) -> Result<Box<dyn BlobWriter>, StoreError> {
+        self.inner.blobs.create()
+    }
+}
+
+impl DirectoryService for Lacking {
+    fn get(&self, digest: &Digest) -> Result<Option<Arc<Directory>>, StoreError> {
+        if *digest == self.digest {
+            return Err(StoreError::Damaged { kind: "directory", digest: self.digest });
+        }
+        self.inner.directories.get(digest)
+    }
+
+    fn put(&self, directories: Vec<Directory>) -> Result<(), StoreError> {
+        self.inner.directories.put(directories)
+    }
+}
+
+#[test]
+fn what_the_store_lacks_is_an_io_error_and_the_fault_of_those_who_have_it() {
+    let cases = ["missing blob", "stated too long", "stated too short", "damaged directory"];
+    for case in cases {
+        let inner = memory::store();
+        let good = file(&inner, b"good", false);
+        let digest = Digest::of(b"bytes");
+        let size = match case {
+            "stated too long" => 5000,
+            "stated too short" => 2,
+            _ => 5,
+        };
+        file(&inner, b"bytes", false);
+        let bad = Node::File { digest, size, executable: false };
+        let folder = directory(&inner, [("bad".to_owned(), bad)]);
+        let Node::Directory { digest: folder_digest, .. } = folder else { panic!("not a directory") };
+        let tree = directory(&inner, [("folder".to_owned(), folder)]);
+        let digest = match case {
+            "missing blob" => digest,
+            "damaged directory" => folder_digest,
+            _ => Digest::of(b"nothing"),
+        };
+        let lacking = Arc::new(Lacking { inner, digest });
+        let store = Store { blobs: Arc::clone(&lacking) as _, directories: lacking };
+        with_view(store, |view| {
+            let hit = view.expose("hit", inputs([("tree", tree.clone()), ("good", good.clone())])).unwrap();
+            let other = view.expose("other", inputs([("good", good.clone())])).unwrap();
+            let unread = view.expose("unread", inputs([("tree", tree.clone())])).unwrap();
+            assert_eq!(fs::read(hit.path().join("good")).unwrap(), b"good", "{case}");
+            assert!(hit.fault().is_none(), "{case}");
+            let error = fs::read(hit.path().join("tree/folder/bad")).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::EIO), "{case}");
+            let fault = hit.fault().unwrap();
+            let as_expected = match case {
+                "missing blob" => matches!(*fault, Fault::MissingBlob { .. }),
+                "damaged directory" => matches!(*fault, Fault::Store { .. }),
+                _ => matches!(*fault, Fault::Size { actual: 5, stated, .. } if stated == size),
+            };
+            assert!(as_expected, "{case}: {fault}");
+            assert!(other.fault().is_none() && unread.fault().is_none(), "{case}");
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            assert!(Arc::ptr_eq(&runtime.block_on(hit.faulted()), &fault), "{case}");
+        });
+    }
+}
+
+#[test]
+fn ending_the_view_frees_its_readers_and_tells_its_builds() {
+    let store = memory::store();
+    let node = file(&store, &noise(1 << 20), false);
+    let kept = Mutex::new(None);
+    with_view(store.clone(), |view| {
+        let exposed = view.expose("b1", inputs([("x", node)])).unwrap();
+        // In use: an open file, and a working directory in another process.
+        let open = fs::File::open(exposed.path().join("x")).unwrap();
+        let mut sleeper = Command::new("/bin/sleep").arg("60").current_dir(exposed.path()).spawn().unwrap();
+        nix::mount::umount2(&view.at, nix::mount::MntFlags::MNT_FORCE).unwrap_err();
+        assert!(open.read_at(&mut [0; 10], 500_000).is_err());
+        wait_for("the fault", || exposed.fault().is_some());
+        assert!(matches!(*exposed.fault().unwrap(), Fault::Ended { .. }));
+        sleeper.kill().unwrap();
+        sleeper.wait().unwrap();
+        *kept.lock().unwrap() = Some(exposed);
+    });
+    // Outlives its view; dropping it then is harmless.
+    if let Some(exposed) = kept.into_inner().unwrap() {
+        let shared = Arc::clone(&exposed.shared);
+        drop(exposed);
+        assert!(!lock(&shared.builds).keys().any(|_| true));
+    }
+}
