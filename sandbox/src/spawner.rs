@@ -8,10 +8,12 @@
 //! When the program ends, however it does, its end of the spawner's own socket closes. The spawner then
 //! kills every sandbox, removes what they left on disk, and ends.
 
+use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::path::PathBuf;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
@@ -77,8 +79,9 @@ impl SpawnError {
 }
 
 impl Spawner {
-    /// Forks the spawner. `leftovers` names directories whose *contents* it removes when the program ends without
-    /// having done so itself.
+    /// Forks the spawner. `leftovers` are files and trees that it removes once the program has ended and every
+    /// sandbox is dead; what the program has removed itself is fine. Descriptors that are open now stay open in the
+    /// spawner to its end: a lock on the trees, taken before, covers their removal too.
     ///
     /// Call this while the program has one thread, after [`crate::ids::enter`] and before anything opens
     /// `/dev/fuse`: a copy of that descriptor would keep its connection alive.
@@ -215,9 +218,9 @@ impl Server {
         for sandbox in self.sandboxes.drain(..) {
             let _ = waitpid(sandbox.pid, None);
         }
-        for directory in leftovers {
-            if let Ok(directory) = File::open(directory) {
-                let _ = scratch::remove_contents(directory.as_fd());
+        for path in leftovers {
+            if let Err(error) = remove(path) {
+                eprintln!("cofferdam: can't remove {}: {error}", path.display());
             }
         }
         code
@@ -300,6 +303,16 @@ impl Server {
             }
         }
         Ok(Turn::GoOn)
+    }
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return Ok(()) };
+    let name = CString::new(name.as_bytes())?;
+    match File::open(parent) {
+        Ok(parent) => scratch::remove_tree(parent.as_fd(), &name),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
     }
 }
 
