@@ -1,3 +1,4 @@
 //! Executes content-addressed build requests in Linux namespaces it makes itself.
 
 pub mod castore;
+pub mod refscan;
