@@ -37,7 +37,7 @@ impl Engine {
         let kind = MatchKind::Standard;
         Ok(match bytes {
             0 => Self::Nothing,
-            ..=TABLE_MAX_BYTES => {
+            1..=TABLE_MAX_BYTES => {
                 let mut builder = DFA::builder();
                 builder.match_kind(kind).prefilter(false);
                 Self::Table(builder.build(needles).map_err(too_large)?)
