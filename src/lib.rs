@@ -2,4 +2,5 @@
 
 pub mod build;
 pub mod castore;
+pub mod refscan;
 pub mod view;
