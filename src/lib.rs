@@ -2,5 +2,7 @@
 
 pub mod build;
 pub mod castore;
+pub mod config;
 pub mod refscan;
 pub mod view;
+pub mod worker;

@@ -165,6 +165,12 @@ impl AsFd for Sandbox {
     }
 }
 
+impl AsRawFd for Sandbox {
+    fn as_raw_fd(&self) -> RawFd {
+        self.control.as_raw_fd()
+    }
+}
+
 fn seqpacket() -> Result<(OwnedFd, OwnedFd), Errno> {
     socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
 }

@@ -46,17 +46,18 @@ impl From<ScratchError> for IntakeError {
 }
 
 impl Intake<'_> {
-    /// Takes in all outputs, in the order of the request, and calls `each` as soon as one is done.
+    /// Takes in all outputs, in the order of the request, and calls `each` with the index of an output and the
+    /// needles found in it as soon as it is done.
     ///
     /// # Errors
     /// [`IntakeError::Build`] names all outputs that are missing, before anything is read, or the first thing
     /// that can't be stored.
-    pub fn run(&self, mut each: impl FnMut(usize, &Output)) -> Result<Vec<Output>, IntakeError> {
+    pub fn run(&self, mut each: impl FnMut(u32, &[u64])) -> Result<Vec<Output>, IntakeError> {
         self.find_missing()?;
         let mut outputs = Vec::with_capacity(self.places.len());
-        for (index, (path, place)) in self.request.outputs.iter().zip(self.places).enumerate() {
+        for (index, (path, place)) in (0..).zip(self.request.outputs.iter().zip(self.places)) {
             let output = self.take(path, place)?;
-            each(index, &output);
+            each(index, &output.needles);
             outputs.push(output);
         }
         Ok(outputs)

@@ -26,7 +26,7 @@ pub struct Mounted {
     at: PathBuf,
     notifier: Notifier,
     thread: Option<JoinHandle<()>>,
-    ended: mpsc::Receiver<()>,
+    ended: Mutex<mpsc::Receiver<()>>,
 }
 
 impl Mounted {
