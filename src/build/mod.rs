@@ -17,10 +17,13 @@ pub mod request;
 mod sandbox;
 mod scratch;
 
+use std::future::Future;
 use std::io::Read;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, ready};
 
 use cofferdam_sandbox::{Identity, Report, Spawner};
 use tokio::sync::{mpsc, oneshot};
@@ -82,16 +85,22 @@ impl Build {
     /// # Cancel safety
     /// Nothing is lost by dropping the future.
     pub async fn next(&mut self) -> Option<Result<Event, Fault>> {
-        if let Some(event) = self.events.recv().await {
-            return Some(Ok(event));
+        std::future::poll_fn(|context| self.poll_next(context)).await
+    }
+
+    /// [`Build::next`] for those who poll.
+    pub fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Event, Fault>>> {
+        if let Some(event) = ready!(self.events.poll_recv(context)) {
+            return Poll::Ready(Some(Ok(event)));
         }
-        let end = self.end.as_mut()?.await;
+        let Some(end) = &mut self.end else { return Poll::Ready(None) };
+        let end = ready!(Pin::new(end).poll(context));
         self.end = None;
-        match end {
+        Poll::Ready(match end {
             Ok(Ok(())) => None,
             Ok(Err(fault)) => Some(Err(fault)),
             Err(_) => Some(Err(WorkerError::new(WorkerPart::Program, "the build's task ended early").into())),
-        }
+        })
     }
 }
 
