@@ -151,8 +151,7 @@ impl Search<'_> {
                 return Some(digest);
             }
             let Open { digest, complete, .. } = above.pop()?;
-            // A search that ended early may have passed over something.
-            if complete && !self.full() {
+            if complete {
                 self.remembered.insert(digest, (), 1);
             }
             self.directories.insert(digest, complete);
