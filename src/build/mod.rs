@@ -3,4 +3,8 @@
 pub mod admission;
 pub mod error;
 pub mod events;
+pub mod logs;
 pub mod request;
+
+#[cfg(test)]
+mod roundtrip;
