@@ -1,4 +1,6 @@
 //! Executes content-addressed build requests in Linux namespaces it makes itself.
 
+pub mod address;
 pub mod castore;
+pub mod server;
 pub mod view;

@@ -2,6 +2,7 @@
 
 pub mod memory;
 pub mod node;
+pub mod remote;
 pub mod traits;
 
 pub use node::{Digest, Directory, Name, Node, NodeError, Target};
