@@ -1,6 +1,8 @@
 //! Executes content-addressed build requests in Linux namespaces it makes itself.
 
 pub mod address;
+pub mod build;
 pub mod castore;
+pub mod refscan;
 pub mod server;
 pub mod view;

@@ -17,6 +17,8 @@ mod snix {
     }
 }
 
+pub mod json;
+
 /// `snix.build.v1`: build requests and events.
 pub use snix::build::v1 as build;
 /// `snix.castore.v1`: blobs and directories.

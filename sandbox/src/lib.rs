@@ -1,1 +1,31 @@
 //! Runs one command in Linux namespaces made for it.
+//!
+//! ```text
+//! main process                     spawner                          sandbox
+//! ids::enter() ── own namespaces
+//! Spawner::start() ───── fork ───▶ serves, single-threaded
+//! spawner.spawn(plan) ── memfd ──▶ clone3, id maps ───────────────▶ child: pid 1, the build: pid 2
+//! Sandbox::try_report() ◀───────── waits, words the end ◀────────── status pipe
+//! ```
+//!
+//! [`Plan`] says what the command will see: plain data, made without a system call. The spawner is forked
+//! before the program has threads, so the child may allocate and take its time between `clone3` and
+//! `execve`. This crate knows nothing of builds, stores or gRPC.
+//!
+//! Nothing here mounts anything on the host: [`ids::enter`] moves the program into a mount namespace of
+//! its own, and every sandbox has one below that.
+
+#![cfg(target_os = "linux")]
+
+mod child;
+pub mod ids;
+pub mod plan;
+mod report;
+pub mod scratch;
+mod spawner;
+mod sys;
+
+pub use ids::{IdMap, Identity, Owner};
+pub use plan::{Access, Command, Entry, Layer, Mount, MountPoint, Network, Plan};
+pub use report::{ExitStatus, Report, SetupFailure, Step};
+pub use spawner::{Sandbox, SpawnError, Spawner, Stdio};

@@ -207,8 +207,8 @@ fn trees_go_there_and_back() {
             listed
         })
     };
-    assert_eq!(list(&root, false), [root.clone()]);
-    assert_eq!(list(&empty, true), [empty.clone()]);
+    assert_eq!(list(&root, false), std::slice::from_ref(&root));
+    assert_eq!(list(&empty, true), std::slice::from_ref(&empty));
     assert_eq!(list(&root, true), [root.clone(), b, a, empty], "parents before children");
 }
 

@@ -1,0 +1,123 @@
+//! The sandbox's first process, from `clone3` to the end: a flat list of steps, in the order that the
+//! kernel demands.
+
+mod init;
+mod net;
+mod privileges;
+mod rootfs;
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::prctl;
+use nix::sys::signal::Signal;
+use nix::sys::stat::{Mode, umask};
+use nix::unistd;
+
+use crate::plan::Plan;
+use crate::report::{Report, SetupFailure, Step};
+use crate::sys;
+
+/// What the first process of a sandbox is given by the spawner.
+pub struct Streams {
+    /// Becomes the build's standard output.
+    pub stdout: OwnedFd,
+    /// Becomes the build's standard error.
+    pub stderr: OwnedFd,
+    /// Takes reports.
+    pub report: OwnedFd,
+    /// Yields one byte when the id map is written, and ends with the spawner.
+    pub go: OwnedFd,
+}
+
+/// Runs as pid 1 of the new namespaces and never comes back.
+pub fn run(plan: &Plan, streams: Streams) -> ! {
+    let code = match streams.arrange() {
+        Ok(Arranged { report, go }) => match set_up(plan, go).and_then(|()| init::run(plan, &report)) {
+            Ok(()) => 0,
+            Err(failure) => {
+                send(&report, &Report::NotSetUp(failure));
+                1
+            }
+        },
+        Err(_) => 1,
+    };
+    // SAFETY: ends the process at once. Nothing of this copy of the spawner may run any further: neither its
+    // destructors nor what it registered to run at exit.
+    unsafe { libc::_exit(code) }
+}
+
+fn set_up(plan: &Plan, mut go: File) -> Result<(), SetupFailure> {
+    // Until the map is written this process has no ids to make anything with.
+    let mut byte = [0];
+    go.read_exact(&mut byte).map_err(|_| SetupFailure::new(Step::MapIds, Errno::EPIPE, ""))?;
+    // Entries get exactly the modes that the plan says.
+    umask(Mode::empty());
+
+    privileges::leave_keyring()?;
+    // Before the ids change: afterwards the daemon's directories may be out of reach.
+    let sources = rootfs::open_sources(plan)?;
+    privileges::become_root(&plan.ids)?;
+    rootfs::assemble(plan, sources)?;
+    net::set_up(plan.network)?;
+    set_names()?;
+    privileges::limit()?;
+    privileges::drop_all()?;
+    // After the last change of ids, which clears it.
+    tie_to_spawner(go.as_fd())
+}
+
+/// Gives the sandbox the names that every build sees.
+fn set_names() -> Result<(), SetupFailure> {
+    let fail = |errno| SetupFailure::new(Step::HostName, errno, "");
+    unistd::sethostname("localhost").map_err(fail)?;
+    sys::set_domain_name("(none)").map_err(fail)
+}
+
+/// Makes this process die when the spawner does.
+fn tie_to_spawner(go: BorrowedFd<'_>) -> Result<(), SetupFailure> {
+    let fail = |errno| SetupFailure::new(Step::Tie, errno, "");
+    prctl::set_pdeathsig(Signal::SIGKILL).map_err(fail)?;
+    // It may have died before that. Its parent's pid is 0 in here either way, but its pipe would have ended.
+    let mut ended = [PollFd::new(go, PollFlags::POLLIN)];
+    poll(&mut ended, PollTimeout::ZERO).map_err(fail)?;
+    match ended[0].any() {
+        Some(false) => Ok(()),
+        _ => Err(fail(Errno::EPIPE)),
+    }
+}
+
+struct Arranged {
+    report: File,
+    go: File,
+}
+
+impl Streams {
+    /// Puts the streams where the build looks for them, and closes everything else: nothing of the spawner or of
+    /// other sandboxes stays open here.
+    fn arrange(self) -> Result<Arranged, Errno> {
+        let stdin = nix::fcntl::open("/dev/null", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?;
+        // Out of the way first, so that none is overwritten before it is placed.
+        let lift = |fd: OwnedFd| fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(10));
+        let lifted =
+            [lift(stdin)?, lift(self.stdout)?, lift(self.stderr)?, lift(self.report)?, lift(self.go)?];
+        for (target, fd) in (0..).zip(lifted) {
+            sys::place_fd(fd, target)?;
+        }
+        sys::close_range(5, 0)?;
+        Ok(Arranged { report: sys::adopt(3)?, go: sys::adopt(4)? })
+    }
+}
+
+/// Sends a report to the spawner. There is no one to tell if that fails; it then sees a process that ended
+/// without a word.
+fn send(report: &File, what: &Report) {
+    if let Ok(bytes) = postcard::to_stdvec(what) {
+        let mut pipe = report;
+        let _ = pipe.write_all(&bytes);
+    }
+}

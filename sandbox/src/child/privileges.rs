@@ -1,0 +1,77 @@
+//! What the sandbox's first process gives up, and the state a build starts in.
+
+use nix::errno::Errno;
+use nix::sys::prctl;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::unistd::{self, Gid, Uid};
+
+use crate::ids::{BUILD_GID, BUILD_UID, Groups, IdMap};
+use crate::report::{SetupFailure, Step};
+use crate::sys;
+
+/// Becomes the root of the sandbox's user namespace, where the map has one.
+pub fn become_root(ids: &IdMap) -> Result<(), SetupFailure> {
+    let step = || -> Result<(), Errno> {
+        match ids.groups {
+            // Supplementary groups of the host's user would open host files that are passed in.
+            Groups::Droppable => unistd::setgroups(&[])?,
+            Groups::Kept => {}
+        }
+        if ids.has_root {
+            unistd::setresgid(Gid::from_raw(0), Gid::from_raw(0), Gid::from_raw(0))?;
+            unistd::setresuid(Uid::from_raw(0), Uid::from_raw(0), Uid::from_raw(0))?;
+        }
+        Ok(())
+    };
+    step().map_err(|errno| SetupFailure::new(Step::BecomeRoot, errno, ""))
+}
+
+/// Becomes the build's user, without capabilities and without a way back.
+pub fn drop_all() -> Result<(), SetupFailure> {
+    let step = || -> Result<(), Errno> {
+        // The bounding set first: taking from it needs a capability.
+        for capability in 0.. {
+            match sys::drop_from_bounding_set(capability) {
+                Ok(()) => {}
+                Err(Errno::EINVAL) => break,
+                Err(errno) => return Err(errno),
+            }
+        }
+        let (gid, uid) = (Gid::from_raw(BUILD_GID), Uid::from_raw(BUILD_UID));
+        unistd::setresgid(gid, gid, gid)?;
+        unistd::setresuid(uid, uid, uid)?;
+        // With a single id the uid did not change, and nothing was dropped with it.
+        for set in [
+            caps::CapSet::Ambient,
+            caps::CapSet::Effective,
+            caps::CapSet::Permitted,
+            caps::CapSet::Inheritable,
+        ] {
+            caps::clear(None, set).map_err(|_| Errno::last())?;
+        }
+        prctl::set_no_new_privs()?;
+        // The build has this process's user id: it must not be able to trace it.
+        prctl::set_dumpable(false)
+    };
+    step().map_err(|errno| SetupFailure::new(Step::DropPrivileges, errno, ""))
+}
+
+/// Leaves the session keyring of whoever started the daemon: its keys could be read otherwise.
+pub fn leave_keyring() -> Result<(), SetupFailure> {
+    match sys::join_new_session_keyring() {
+        // A kernel or an outer sandbox without keyrings has no keys to leak.
+        Ok(()) | Err(Errno::ENOSYS | Errno::EPERM) => Ok(()),
+        Err(errno) => Err(SetupFailure::new(Step::Keyring, errno, "")),
+    }
+}
+
+/// Resource limits of a build: no core files, as many descriptors as the daemon may have.
+pub fn limit() -> Result<(), SetupFailure> {
+    let step = || -> Result<(), Errno> {
+        let (_, files) = getrlimit(Resource::RLIMIT_NOFILE)?;
+        setrlimit(Resource::RLIMIT_NOFILE, files, files)?;
+        let (_, core) = getrlimit(Resource::RLIMIT_CORE)?;
+        setrlimit(Resource::RLIMIT_CORE, 0, core)
+    };
+    step().map_err(|errno| SetupFailure::new(Step::Limits, errno, ""))
+}

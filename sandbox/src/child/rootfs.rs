@@ -1,0 +1,318 @@
+//! The sandbox's file system: a new root, everything mounted on it, and the old one gone.
+//!
+//! Sources are opened first, as whoever runs the program: later ids may not be allowed to reach them.
+//! After that nothing is named by a path of the host. Places in the new root are walked to by descriptor and
+//! never through a symbolic link, so that nothing in the inputs can send a mount elsewhere.
+
+use std::ffi::{CStr, CString, OsStr};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Component, Path};
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, openat};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::stat::{Mode, SFlag, fchmod, fstat, mkdirat};
+use nix::unistd::{self, fchdir, pivot_root, symlinkat};
+
+use crate::plan::{Access, Entry, Mount, MountPoint, Plan};
+use crate::report::{SetupFailure, Step};
+use crate::sys::{self, FsContext};
+
+const PLAIN: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
+const READ_ONLY: u64 = libc::MOUNT_ATTR_RDONLY | PLAIN;
+/// For device nodes, which `nodev` would turn off.
+const DEVICE: u64 = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
+
+/// Everything of the host that the sandbox is made of.
+pub struct Sources {
+    staging: OwnedFd,
+    root_lower: Option<OwnedFd>,
+    mounts: Vec<Source>,
+}
+
+enum Source {
+    /// A detached mount.
+    Tree(OwnedFd),
+    Overlay {
+        lower: OwnedFd,
+        upper: OwnedFd,
+        work: OwnedFd,
+    },
+    /// Nothing of the host: a file system is made.
+    Fresh,
+}
+
+/// Opens everything that the plan names outside of the sandbox.
+pub fn open_sources(plan: &Plan) -> Result<Sources, SetupFailure> {
+    let directory = |source: &Path| {
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        nix::fcntl::open(&plan.base.join(source), flags, Mode::empty())
+            .map_err(failure(Step::OpenSource, source))
+    };
+    let tree = |source: &Path, recursive: bool, attributes: u64| {
+        open_tree(&plan.base.join(source), recursive, attributes)
+            .map(Source::Tree)
+            .map_err(failure(Step::OpenSource, source))
+    };
+    let source = |point: &MountPoint| match &point.mount {
+        Mount::Writable { source } => tree(source, false, PLAIN),
+        Mount::Inputs { source } => tree(source, false, READ_ONLY),
+        Mount::Device { source } => tree(source, false, DEVICE),
+        Mount::HostPath { source } if is_device(source) => tree(source, false, DEVICE),
+        Mount::HostPath { source } => tree(source, true, READ_ONLY),
+        Mount::InputsBelow { lower, upper, work, .. } => {
+            Ok(Source::Overlay { lower: directory(lower)?, upper: directory(upper)?, work: directory(work)? })
+        }
+        Mount::Proc | Mount::Devpts | Mount::Tmpfs { .. } => Ok(Source::Fresh),
+    };
+    Ok(Sources {
+        staging: directory(&plan.staging)?,
+        root_lower: plan.root.lower.as_deref().map(directory).transpose()?,
+        mounts: plan.mounts.iter().map(source).collect::<Result<_, _>>()?,
+    })
+}
+
+/// Puts the root together and moves into it.
+pub fn assemble(plan: &Plan, sources: Sources) -> Result<(), SetupFailure> {
+    let none: Option<&str> = None;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
+        .map_err(failure(Step::Propagation, Path::new("")))?;
+
+    let root = make_root(plan, sources.staging, sources.root_lower, &sources.mounts)?;
+    let mut sealed = Vec::new();
+    for (MountPoint { at, mount }, source) in plan.mounts.iter().zip(sources.mounts) {
+        let tree = match source {
+            Source::Tree(tree) => tree,
+            Source::Overlay { lower, upper, work } => {
+                overlay(&lower, &upper, &work).map_err(failure(Step::Mount, at))?
+            }
+            Source::Fresh => fresh(mount).map_err(failure(Step::Mount, at))?,
+        };
+        let kind = Kind::of(tree.as_fd()).map_err(failure(Step::Mount, at))?;
+        let place = walk(root.as_fd(), at, kind).map_err(failure(Step::MountPoint, at))?;
+        sys::move_mount(tree.as_fd(), place.as_fd()).map_err(failure(Step::Mount, at))?;
+        if let Mount::InputsBelow { access: Access::ReadOnly, .. } = mount {
+            sealed.push((tree, at.as_path()));
+        }
+    }
+    // Only now: mount points had to be made in them.
+    let all = sealed.iter().map(|(tree, at)| (tree.as_fd(), *at));
+    for (tree, at) in all.chain([(root.as_fd(), Path::new("/"))]) {
+        sys::set_mount_attributes(tree, READ_ONLY).map_err(failure(Step::ReadOnly, at))?;
+    }
+    pivot(root.as_fd()).map_err(failure(Step::Pivot, Path::new("")))
+}
+
+/// Attaches the root directory, with its entries and places for all mounts, on the staging directory.
+///
+/// All that the sandbox adds is made in the tmpfs before the lower directory shows through: what lies there,
+/// a symbolic link above all, is then hidden and not followed, and nothing is ever copied up.
+fn make_root(
+    plan: &Plan,
+    staging: OwnedFd,
+    lower: Option<OwnedFd>,
+    sources: &[Source],
+) -> Result<OwnedFd, SetupFailure> {
+    let fail = failure(Step::RootTmpfs, Path::new(""));
+    let tmpfs = tmpfs(c"0755", None).map_err(&fail)?;
+    sys::move_mount(tmpfs.as_fd(), staging.as_fd()).map_err(&fail)?;
+    let Some(lower) = lower else {
+        fill(tmpfs.as_fd(), plan, sources)?;
+        return Ok(tmpfs);
+    };
+    let make = |name: &str| walk(tmpfs.as_fd(), Path::new(name), Kind::Directory).map_err(&fail);
+    let (upper, work, merged) = (make("upper")?, make("work")?, make("merged")?);
+    fill(upper.as_fd(), plan, sources)?;
+    let root = overlay(&lower, &upper, &work).map_err(&fail)?;
+    sys::move_mount(root.as_fd(), merged.as_fd()).map_err(&fail)?;
+    Ok(root)
+}
+
+/// Makes the root's entries, and a place for each mount that lies in no other.
+fn fill(root: BorrowedFd<'_>, plan: &Plan, sources: &[Source]) -> Result<(), SetupFailure> {
+    for entry in &plan.root.entries {
+        make_entry(root, entry)?;
+    }
+    for (MountPoint { at, .. }, source) in plan.mounts.iter().zip(sources) {
+        if plan.mounts.iter().any(|other| other.at != *at && at.starts_with(&other.at)) {
+            continue;
+        }
+        let kind = match source {
+            Source::Tree(tree) => Kind::of(tree.as_fd()),
+            Source::Overlay { .. } | Source::Fresh => Ok(Kind::Directory),
+        };
+        kind.and_then(|kind| walk(root, at, kind)).map_err(failure(Step::MountPoint, at))?;
+    }
+    Ok(())
+}
+
+fn make_entry(root: BorrowedFd<'_>, entry: &Entry) -> Result<(), SetupFailure> {
+    let (path, made) = match entry {
+        Entry::Directory { path, mode } => {
+            let made = walk(root, path, Kind::Directory).and_then(|_| {
+                // A descriptor of O_PATH can't be changed through.
+                let directory =
+                    openat(root, path.as_path(), OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
+                fchmod(directory, Mode::from_bits_truncate(*mode))
+            });
+            (path, made)
+        }
+        Entry::File { path, mode, contents } => {
+            let made = parent(root, path).and_then(|(dir, name)| {
+                let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY | OFlag::O_CLOEXEC;
+                let file = openat(dir, name, flags, Mode::from_bits_truncate(*mode))?;
+                std::io::Write::write_all(&mut std::fs::File::from(file), contents)
+                    .map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
+            });
+            (path, made)
+        }
+        Entry::Symlink { path, target } => {
+            let made = parent(root, path).and_then(|(dir, name)| symlinkat(target.as_path(), dir, name));
+            (path, made)
+        }
+    };
+    made.map_err(failure(Step::MakeEntry, path))
+}
+
+/// What stands in a place.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Directory,
+    /// Anything that is mounted over a file: a file, a device, a socket.
+    File,
+}
+
+impl Kind {
+    fn of(fd: BorrowedFd<'_>) -> Result<Self, Errno> {
+        let kind = SFlag::from_bits_truncate(fstat(fd)?.st_mode) & SFlag::S_IFMT;
+        match kind {
+            SFlag::S_IFDIR => Ok(Kind::Directory),
+            SFlag::S_IFLNK => Err(Errno::ELOOP),
+            _ => Ok(Kind::File),
+        }
+    }
+}
+
+/// The place at `path`, made if it isn't there. No component is followed if it is a symbolic link.
+fn walk(root: BorrowedFd<'_>, path: &Path, kind: Kind) -> Result<OwnedFd, Errno> {
+    let (dir, name) = parent(root, path)?;
+    let place = match (open_place(dir.as_fd(), name), kind) {
+        (Err(Errno::ENOENT), Kind::Directory) => {
+            mkdirat(&dir, name, Mode::from_bits_truncate(0o755))?;
+            open_place(dir.as_fd(), name)?
+        }
+        (Err(Errno::ENOENT), Kind::File) => {
+            let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY | OFlag::O_CLOEXEC;
+            drop(openat(&dir, name, flags, Mode::from_bits_truncate(0o444))?);
+            open_place(dir.as_fd(), name)?
+        }
+        (place, _) => place?,
+    };
+    match (Kind::of(place.as_fd())?, kind) {
+        (found, wanted) if found == wanted => Ok(place),
+        (_, Kind::Directory) => Err(Errno::ENOTDIR),
+        (_, Kind::File) => Err(Errno::EISDIR),
+    }
+}
+
+/// The directory that `path` lies in, made if it isn't there, and the last component.
+fn parent<'a>(root: BorrowedFd<'_>, path: &'a Path) -> Result<(OwnedFd, &'a OsStr), Errno> {
+    let mut names = path.components().map(|component| match component {
+        Component::Normal(name) => Ok(name),
+        _ => Err(Errno::EINVAL),
+    });
+    let mut name = names.next().ok_or(Errno::EINVAL)??;
+    let mut dir = root.try_clone_to_owned().map_err(|_| Errno::EMFILE)?;
+    for next in names {
+        let below = match open_place(dir.as_fd(), name) {
+            Err(Errno::ENOENT) => {
+                mkdirat(&dir, name, Mode::from_bits_truncate(0o755))?;
+                open_place(dir.as_fd(), name)?
+            }
+            below => below?,
+        };
+        match Kind::of(below.as_fd())? {
+            Kind::Directory => dir = below,
+            Kind::File => return Err(Errno::ENOTDIR),
+        }
+        name = next?;
+    }
+    Ok((dir, name))
+}
+
+fn open_place(dir: BorrowedFd<'_>, name: &OsStr) -> Result<OwnedFd, Errno> {
+    openat(dir, name, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())
+}
+
+fn is_device(path: &Path) -> bool {
+    std::fs::metadata(path)
+        .is_ok_and(|found| found.file_type().is_char_device() || found.file_type().is_block_device())
+}
+
+/// A detached copy of a mount of the host.
+fn open_tree(path: &Path, recursive: bool, attributes: u64) -> Result<OwnedFd, Errno> {
+    let path = CString::new(path.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL)?;
+    let tree = sys::open_tree(&path, recursive)?;
+    match recursive {
+        true => sys::set_mount_attributes_recursively(tree.as_fd(), attributes)?,
+        false => sys::set_mount_attributes(tree.as_fd(), attributes)?,
+    }
+    Ok(tree)
+}
+
+fn tmpfs(mode: &CStr, size: Option<&CStr>) -> Result<OwnedFd, Errno> {
+    let context = FsContext::open(c"tmpfs")?;
+    context.string(c"mode", mode)?;
+    if let Some(size) = size {
+        context.string(c"size", size)?;
+    }
+    context.mount(PLAIN)
+}
+
+fn overlay(lower: &OwnedFd, upper: &OwnedFd, work: &OwnedFd) -> Result<OwnedFd, Errno> {
+    let context = FsContext::open(c"overlay")?;
+    for (key, directory) in [(c"lowerdir", lower), (c"upperdir", upper), (c"workdir", work)] {
+        // By descriptor: the paths may hold characters that overlay gives a meaning, and the directories
+        // above them need not be open to the sandbox's root.
+        let path =
+            CString::new(format!("/proc/self/fd/{}", directory.as_raw_fd())).map_err(|_| Errno::EINVAL)?;
+        context.string(key, &path)?;
+    }
+    // Without it the overlay would need `trusted.*` attributes, which take privilege on the host.
+    context.flag(c"userxattr")?;
+    context.mount(PLAIN)
+}
+
+/// A file system that takes nothing from the host.
+fn fresh(mount: &Mount) -> Result<OwnedFd, Errno> {
+    match mount {
+        Mount::Proc => FsContext::open(c"proc")?.mount(PLAIN | libc::MOUNT_ATTR_NOEXEC),
+        Mount::Devpts => {
+            let context = FsContext::open(c"devpts")?;
+            context.string(c"mode", c"0620")?;
+            context.string(c"ptmxmode", c"0666")?;
+            context.mount(libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC)
+        }
+        Mount::Tmpfs { mode, size } => {
+            let mode = CString::new(format!("{mode:04o}")).map_err(|_| Errno::EINVAL)?;
+            let size = CString::new(size.as_str()).map_err(|_| Errno::EINVAL)?;
+            tmpfs(&mode, Some(&size))
+        }
+        _ => Err(Errno::EINVAL),
+    }
+}
+
+/// Makes `root` the root directory and leaves nothing of the old one.
+fn pivot(root: BorrowedFd<'_>) -> Result<(), Errno> {
+    fchdir(root)?;
+    // The old root comes to lie over the new one, so that it needs no directory there: see pivot_root(2).
+    pivot_root(".", ".")?;
+    umount2(".", MntFlags::MNT_DETACH)?;
+    unistd::chdir("/")
+}
+
+fn failure(step: Step, object: &Path) -> impl Fn(Errno) -> SetupFailure {
+    move |errno| SetupFailure::new(step, errno, object.display().to_string())
+}

@@ -1,0 +1,153 @@
+//! What a sandbox will be: plain data, made before anything is.
+//!
+//! Paths *inside* the sandbox are relative to its root and clean (no leading `/`, no `.` or `..`).
+//! Paths *outside* are sources: absolute, or relative to [`Plan::base`].
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::IdMap;
+
+/// All that the child needs to know.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Plan {
+    /// Where relative sources start: an absolute directory outside of the sandbox.
+    pub base: PathBuf,
+    /// An empty directory, relative to `base`, on which the new root is put together.
+    pub staging: PathBuf,
+    /// Who the command is, inside and outside.
+    pub ids: IdMap,
+    /// The root directory. It is read-only once everything is in place.
+    pub root: Layer,
+    /// What is mounted over the root, parents before children.
+    pub mounts: Vec<MountPoint>,
+    /// Whose network the command sees.
+    pub network: Network,
+    /// The command.
+    pub command: Command,
+}
+
+/// A tmpfs with entries, laid over a lower directory if there is one.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Layer {
+    /// A directory whose contents show through.
+    pub lower: Option<PathBuf>,
+    /// What is put into the tmpfs, parents before children.
+    pub entries: Vec<Entry>,
+}
+
+/// Something that is put into a tmpfs. Missing parents are made as directories of mode 0755.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Entry {
+    /// A directory.
+    Directory {
+        /// Where.
+        path: PathBuf,
+        /// Permission bits.
+        mode: u32,
+    },
+    /// A regular file.
+    File {
+        /// Where.
+        path: PathBuf,
+        /// Permission bits.
+        mode: u32,
+        /// What it holds.
+        contents: Vec<u8>,
+    },
+    /// A symbolic link.
+    Symlink {
+        /// Where.
+        path: PathBuf,
+        /// What it points to.
+        target: PathBuf,
+    },
+}
+
+/// A mount and its place.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct MountPoint {
+    /// Where in the sandbox. What isn't there is made: a directory, or a file where the source is none.
+    pub at: PathBuf,
+    /// What.
+    pub mount: Mount,
+}
+
+/// What can be mounted.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Mount {
+    /// A directory that the command may write to.
+    Writable {
+        /// The directory.
+        source: PathBuf,
+    },
+    /// A file, directory or device of the host with all that is mounted below it, read-only.
+    HostPath {
+        /// The path, absolute; symbolic links are followed.
+        source: PathBuf,
+    },
+    /// The inputs, read-only.
+    Inputs {
+        /// The directory that holds them.
+        source: PathBuf,
+    },
+    /// The inputs with a directory over them that receives what is written.
+    InputsBelow {
+        /// The directory that holds them.
+        lower: PathBuf,
+        /// Receives what is written.
+        upper: PathBuf,
+        /// An empty directory on the same file system as `upper`.
+        work: PathBuf,
+        /// Who may write: the command too, or only whoever makes mount points in it.
+        access: Access,
+    },
+    /// One of the host's device nodes.
+    Device {
+        /// Its path, absolute.
+        source: PathBuf,
+    },
+    /// A fresh procfs.
+    Proc,
+    /// A fresh devpts.
+    Devpts,
+    /// An empty tmpfs.
+    Tmpfs {
+        /// Permission bits of its root.
+        mode: u32,
+        /// Size limit as tmpfs takes it: a number of bytes, or a share of memory such as `50%`.
+        size: String,
+    },
+}
+
+/// What the command may do to a mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Access {
+    /// Read.
+    ReadOnly,
+    /// Read and write.
+    ReadWrite,
+}
+
+/// Whose network the command sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Network {
+    /// A namespace of its own, with loopback alone.
+    Own,
+    /// The host's.
+    Host,
+}
+
+/// The command and what it starts with. Byte strings hold no NUL.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Command {
+    /// The program. Without a slash it is looked for in the `PATH` of `environment`.
+    pub program: Vec<u8>,
+    /// `argv`, the program's own name first.
+    pub arguments: Vec<Vec<u8>>,
+    /// The whole environment, each `KEY=VALUE`.
+    pub environment: Vec<Vec<u8>>,
+    /// Where it starts, in the sandbox.
+    pub working_dir: PathBuf,
+}

@@ -1,0 +1,270 @@
+//! The raw system calls that have no safe wrapper elsewhere: one function each, nothing decided here.
+
+use std::ffi::{CStr, CString};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use libc::{c_int, c_long, c_uint, c_void};
+use nix::errno::Errno;
+
+/// Turns a system call's answer into a descriptor that is owned.
+fn owned(answer: c_long) -> Result<OwnedFd, Errno> {
+    let fd = Errno::result(answer)? as RawFd;
+    // SAFETY: the call succeeded, so the kernel has just made this descriptor for us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// The two sides of [`clone_process`].
+pub enum Cloned {
+    /// In the new process.
+    Child,
+    /// In the old one.
+    Parent {
+        /// The new process, as this one sees it.
+        pid: nix::unistd::Pid,
+        /// Refers to the new process for ever.
+        pidfd: OwnedFd,
+    },
+}
+
+/// `clone3(2)` in the manner of `fork`, with `CLONE_PIDFD` and new namespaces.
+///
+/// # Safety
+/// The calling process must be single-threaded, so that the child's copy of the memory is consistent.
+pub unsafe fn clone_process(namespaces: c_int) -> Result<Cloned, Errno> {
+    let mut pidfd: RawFd = -1;
+    // SAFETY: all-zero is a valid value of this struct of integers.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.flags = namespaces as u64 | libc::CLONE_PIDFD as u64;
+    args.pidfd = (&raw mut pidfd) as u64;
+    args.exit_signal = libc::SIGCHLD as u64;
+    // SAFETY: `args` and `pidfd` live across the call; no stack is given, so the child goes on with a copy
+    // of this one, as after fork; the caller upholds that there is one thread.
+    let answer = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of_val(&args)) };
+    match Errno::result(answer)? {
+        0 => Ok(Cloned::Child),
+        pid => {
+            Ok(Cloned::Parent { pid: nix::unistd::Pid::from_raw(pid as i32), pidfd: owned(pidfd.into())? })
+        }
+    }
+}
+
+/// Sends `signal` to the process of a pidfd.
+pub fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: c_int) -> Result<(), Errno> {
+    // SAFETY: plain integers and a null siginfo, which the call allows.
+    let answer = unsafe {
+        libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, std::ptr::null::<c_void>(), 0)
+    };
+    Errno::result(answer).map(drop)
+}
+
+/// Marks every descriptor from `first` on close-on-exec, or closes it.
+pub fn close_range(first: RawFd, flags: c_uint) -> Result<(), Errno> {
+    // SAFETY: plain integers. Where descriptors are closed, the callers are children that own none of them.
+    let answer = unsafe { libc::syscall(libc::SYS_close_range, first as c_uint, c_uint::MAX, flags) };
+    Errno::result(answer).map(drop)
+}
+
+/// A detached copy of the mount at `path`, with all mounts below it if `recursive`.
+pub fn open_tree(path: &CStr, recursive: bool) -> Result<OwnedFd, Errno> {
+    let mut flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
+    if recursive {
+        flags |= libc::AT_RECURSIVE as c_uint;
+    }
+    // SAFETY: `path` is a C string that lives across the call.
+    owned(unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) })
+}
+
+/// Attaches the detached mount `tree` on what `at` refers to.
+pub fn move_mount(tree: BorrowedFd<'_>, at: BorrowedFd<'_>) -> Result<(), Errno> {
+    let flags = libc::MOVE_MOUNT_F_EMPTY_PATH | libc::MOVE_MOUNT_T_EMPTY_PATH;
+    // SAFETY: both paths are C strings; the flags say that they are empty.
+    let answer = unsafe {
+        libc::syscall(
+            libc::SYS_move_mount,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            at.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+        )
+    };
+    Errno::result(answer).map(drop)
+}
+
+/// Sets attributes (`MOUNT_ATTR_*`) on a mount.
+pub fn set_mount_attributes(mount: BorrowedFd<'_>, set: u64) -> Result<(), Errno> {
+    mount_setattr(mount, set, libc::AT_EMPTY_PATH)
+}
+
+/// Sets attributes (`MOUNT_ATTR_*`) on a mount and on all below it.
+pub fn set_mount_attributes_recursively(mount: BorrowedFd<'_>, set: u64) -> Result<(), Errno> {
+    mount_setattr(mount, set, libc::AT_EMPTY_PATH | libc::AT_RECURSIVE)
+}
+
+fn mount_setattr(mount: BorrowedFd<'_>, set: u64, flags: c_int) -> Result<(), Errno> {
+    let attributes = libc::mount_attr { attr_set: set, attr_clr: 0, propagation: 0, userns_fd: 0 };
+    // SAFETY: the struct lives across the call and its size is given.
+    let answer = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            &raw const attributes,
+            size_of_val(&attributes),
+        )
+    };
+    Errno::result(answer).map(drop)
+}
+
+/// A file system in the making (`fsopen(2)`).
+pub struct FsContext(OwnedFd);
+
+impl FsContext {
+    // Commands of fsconfig(2), as linux/mount.h numbers them.
+    const SET_FLAG: c_uint = 0;
+    const SET_STRING: c_uint = 1;
+    const CREATE: c_uint = 6;
+
+    /// Begins a file system of this type.
+    pub fn open(kind: &CStr) -> Result<Self, Errno> {
+        const FSOPEN_CLOEXEC: c_uint = 1;
+        // SAFETY: `kind` is a C string that lives across the call.
+        owned(unsafe { libc::syscall(libc::SYS_fsopen, kind.as_ptr(), FSOPEN_CLOEXEC) }).map(Self)
+    }
+
+    fn config(
+        &self,
+        command: c_uint,
+        key: *const libc::c_char,
+        value: *const libc::c_char,
+    ) -> Result<(), Errno> {
+        // SAFETY: both are null or C strings that the callers keep alive across the call.
+        let answer = unsafe { libc::syscall(libc::SYS_fsconfig, self.0.as_raw_fd(), command, key, value, 0) };
+        Errno::result(answer).map(drop)
+    }
+
+    /// Sets an option that has no value.
+    pub fn flag(&self, key: &CStr) -> Result<(), Errno> {
+        self.config(Self::SET_FLAG, key.as_ptr(), std::ptr::null())
+    }
+
+    /// Sets an option.
+    pub fn string(&self, key: &CStr, value: &CStr) -> Result<(), Errno> {
+        self.config(Self::SET_STRING, key.as_ptr(), value.as_ptr())
+    }
+
+    /// Makes the file system and a detached mount of it, with attributes (`MOUNT_ATTR_*`).
+    pub fn mount(self, attributes: u64) -> Result<OwnedFd, Errno> {
+        const FSMOUNT_CLOEXEC: c_uint = 1;
+        self.config(Self::CREATE, std::ptr::null(), std::ptr::null())?;
+        // SAFETY: plain integers.
+        owned(unsafe {
+            libc::syscall(libc::SYS_fsmount, self.0.as_raw_fd(), FSMOUNT_CLOEXEC, attributes as c_uint)
+        })
+    }
+}
+
+/// Brings up the network interface `lo` of this network namespace.
+pub fn loopback_up() -> Result<(), Errno> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+    let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    // SAFETY: all-zero is a valid value of this struct of integers and bytes.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
+        *to = *from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    // SAFETY: SIOCSIFFLAGS reads an ifreq, which lives across the call.
+    let answer = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw const request) };
+    Errno::result(answer).map(drop)
+}
+
+/// Takes a capability out of the bounding set. `EINVAL`: the kernel knows no such capability.
+pub fn drop_from_bounding_set(capability: u32) -> Result<(), Errno> {
+    // SAFETY: plain integers.
+    Errno::result(unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability as libc::c_ulong, 0, 0, 0) })
+        .map(drop)
+}
+
+/// Joins a new, empty session keyring. `ENOSYS`: the kernel has no keyrings.
+pub fn join_new_session_keyring() -> Result<(), Errno> {
+    // SAFETY: a null name asks for an anonymous keyring.
+    let answer = unsafe {
+        libc::syscall(
+            libc::SYS_keyctl,
+            libc::KEYCTL_JOIN_SESSION_KEYRING as c_long,
+            std::ptr::null::<libc::c_char>(),
+        )
+    };
+    Errno::result(answer).map(drop)
+}
+
+/// Sets every signal to its default action and empties the mask.
+pub fn reset_signals() {
+    // SAFETY: SIG_DFL installs no code of ours; signals that can't be changed answer EINVAL, which is right.
+    unsafe {
+        for signal in 1..=libc::SIGRTMAX() {
+            libc::signal(signal, libc::SIG_DFL);
+        }
+        let mut none = std::mem::zeroed();
+        libc::sigemptyset(&raw mut none);
+        libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
+    }
+}
+
+/// Replaces the program. Comes back only if it can't.
+pub fn execve(program: &CStr, arguments: &[CString], environment: &[CString]) -> Errno {
+    match nix::unistd::execve(program, arguments, environment) {
+        Err(errno) => errno,
+        Ok(never) => match never {},
+    }
+}
+
+/// Overwrites the command line and environment that `/proc/PID/` shows of this process.
+///
+/// # Safety
+/// Nothing may read the program's arguments or environment afterwards: std's accessors, `getenv`, or
+/// values borrowed from them.
+pub unsafe fn overwrite_command_line(title: &[u8]) {
+    let Ok(stat) = std::fs::read_to_string("/proc/self/stat") else { return };
+    // proc_pid_stat(5): arg_start, arg_end, env_start and env_end are fields 48 to 51. Counting starts behind
+    // the command name, field 2, which may contain anything and ends with the last parenthesis.
+    let Some((_, fields)) = stat.rsplit_once(") ") else { return };
+    let fields: Vec<usize> = fields.split(' ').skip(48 - 3).take(4).filter_map(|f| f.parse().ok()).collect();
+    let [arg_start, arg_end, env_start, env_end] = fields[..] else { return };
+    for (start, end, text) in [(arg_start, arg_end, title), (env_start, env_end, &b""[..])] {
+        if start == 0 || end <= start {
+            continue;
+        }
+        let text = &text[..text.len().min(end - start - 1)];
+        // SAFETY: the kernel put the strings of execve between these addresses, on this process's stack,
+        // which stays mapped and writable; the caller upholds that nobody reads them.
+        unsafe {
+            std::ptr::write_bytes(start as *mut u8, 0, end - start);
+            std::ptr::copy_nonoverlapping(text.as_ptr(), start as *mut u8, text.len());
+        }
+    }
+}
+
+/// Sets the NIS domain name of this UTS namespace.
+pub fn set_domain_name(name: &str) -> Result<(), Errno> {
+    // SAFETY: pointer and length are those of a live string.
+    Errno::result(unsafe { libc::setdomainname(name.as_ptr().cast(), name.len()) }).map(drop)
+}
+
+/// Gives `fd` the number `target`, closing what had it, and leaves it open across `execve`.
+///
+/// Only for a process that owns nothing under `target`.
+pub fn place_fd(fd: RawFd, target: RawFd) -> Result<(), Errno> {
+    // SAFETY: plain integers; what `target` was is owned by nobody in this process, as the caller sees to.
+    Errno::result(unsafe { libc::dup2(fd, target) }).map(drop)
+}
+
+/// Takes ownership of a descriptor placed with [`place_fd`].
+pub fn adopt(fd: RawFd) -> Result<std::fs::File, Errno> {
+    // SAFETY: plain integers.
+    Errno::result(unsafe { libc::fcntl(fd, libc::F_GETFD) })?;
+    // SAFETY: it is open, and was placed under this number for the caller alone.
+    Ok(unsafe { std::fs::File::from_raw_fd(fd) })
+}

@@ -1,0 +1,561 @@
+//! Who is at fault, split once: the request or the worker ends a build without a further event
+//! ([`Fault`]); the build's own end, if it's a bad one, is an event ([`Failure`]).
+
+use std::error::Error;
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+
+use super::request::{InvalidRequest, SandboxPath};
+use crate::castore::Digest;
+use crate::castore::node::printable;
+
+/// Why a build got no terminal event: the request's fault, the worker's, or the client's wish.
+#[derive(Debug, thiserror::Error)]
+pub enum Fault {
+    /// No worker could carry out such a request.
+    #[error("{0}")]
+    Invalid(#[from] InvalidRequest),
+    /// This worker doesn't offer what the request needs.
+    #[error("{0}")]
+    Unsupported(#[from] Unsupported),
+    /// The store lacks inputs.
+    #[error("{0}")]
+    MissingInputs(#[from] MissingInputs),
+    /// The worker takes no build now.
+    #[error("{0}")]
+    Refused(#[from] Refused),
+    /// The worker could not go on.
+    #[error("{0}")]
+    Worker(#[from] WorkerError),
+    /// The client has gone, or took the request back.
+    #[error("the build was cancelled")]
+    Cancelled,
+}
+
+/// What this worker doesn't offer; another might.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unsupported {
+    /// It is of another system.
+    #[error("constraints.system: this worker builds for {}, not for {wanted}", offered.join(", "))]
+    System {
+        /// What is needed.
+        wanted: String,
+        /// What there is.
+        offered: Vec<String>,
+    },
+    /// It has less memory.
+    #[error("constraints.min_memory: this worker gives a build {offered} bytes of memory, not {wanted}")]
+    Memory {
+        /// Bytes needed.
+        wanted: u64,
+        /// Bytes there are.
+        offered: u64,
+    },
+    /// It doesn't let builds see this path of its own.
+    #[error(
+        "constraints.available_ro_paths: this worker shows builds no \"{}\"; its operator can allow the path",
+        .path.display()
+    )]
+    HostPath {
+        /// The path.
+        path: PathBuf,
+    },
+    /// It has no shell to offer.
+    #[error("constraints.provide_bin_sh: this worker has no /bin/sh for builds; its operator can name one")]
+    NoShell,
+    /// It lets no build reach the network.
+    #[error("constraints.network_access: this worker gives builds no network; its operator can allow it")]
+    NoNetwork,
+    /// It can't isolate builds well enough, and so does none.
+    #[error("this worker does no builds: {reason}")]
+    BuildsDisabled {
+        /// What it lacks.
+        reason: String,
+    },
+}
+
+/// Inputs that the store lacks; never empty.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MissingInputs(pub Vec<MissingInput>);
+
+/// Something that the store lacks, and the path that needs it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MissingInput {
+    /// What is lacking.
+    pub kind: InputKind,
+    /// Its digest.
+    pub digest: Digest,
+    /// Where it would appear in the sandbox.
+    pub path: SandboxPath,
+}
+
+/// What an input consists of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InputKind {
+    /// The contents of a file.
+    Blob,
+    /// A directory.
+    Directory,
+}
+
+impl fmt::Display for MissingInputs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        /// A status must fit the headers of a response.
+        const SHOWN: usize = 20;
+        f.write_str("the store lacks inputs, upload them first:")?;
+        for (index, MissingInput { kind, digest, path }) in self.0.iter().take(SHOWN).enumerate() {
+            let separator = if index == 0 { "" } else { "," };
+            let kind = match kind {
+                InputKind::Blob => "blob",
+                InputKind::Directory => "directory",
+            };
+            write!(f, "{separator} {kind} {digest} for \"{path}\"")?;
+        }
+        match self.0.len().saturating_sub(SHOWN) {
+            0 => Ok(()),
+            more => write!(f, ", and {more} more"),
+        }
+    }
+}
+
+impl Error for MissingInputs {}
+
+/// Why no build is taken on now; another worker, or this one later, may.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// As many builds run and wait as may.
+    #[error("{running} builds run and {waiting} wait here already; try again in {} s", retry_after.as_secs())]
+    Busy {
+        /// Builds that run.
+        running: usize,
+        /// Builds that wait for a slot.
+        waiting: usize,
+        /// When it is worth trying again.
+        retry_after: Duration,
+    },
+    /// The worker is about to end.
+    #[error("this worker is shutting down and takes no more builds")]
+    Draining,
+}
+
+/// Something of the worker's failed; the build isn't to blame.
+#[derive(Debug, thiserror::Error)]
+#[error("the worker's {part} failed: {source}")]
+pub struct WorkerError {
+    /// Which part of it.
+    pub part: WorkerPart,
+    /// The first cause.
+    pub source: Box<dyn Error + Send + Sync>,
+}
+
+impl WorkerError {
+    /// A failure of `part`.
+    pub fn new(part: WorkerPart, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self { part, source: source.into() }
+    }
+}
+
+/// The parts of a worker that can fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WorkerPart {
+    /// The castore.
+    Store,
+    /// The file system that shows inputs.
+    View,
+    /// The spawner, or the making of a sandbox.
+    Sandbox,
+    /// The disk that scratch paths are on.
+    Scratch,
+    /// The way of the build's output to the log.
+    Log,
+    /// The program itself: something happened that it holds impossible.
+    Program,
+}
+
+impl fmt::Display for WorkerPart {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Store => "store",
+            Self::View => "view of the inputs",
+            Self::Sandbox => "sandbox",
+            Self::Scratch => "scratch space",
+            Self::Log => "log",
+            Self::Program => "program",
+        })
+    }
+}
+
+/// The channel that a fault takes to the client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultKind {
+    /// The request is malformed: sending it again is useless everywhere.
+    InvalidRequest,
+    /// Something must change before the request can be carried out here.
+    Precondition,
+    /// Try again after this time, or elsewhere at once.
+    Busy(Duration),
+    /// Try again elsewhere.
+    Unavailable,
+    /// The worker is broken.
+    Internal,
+    /// Nobody waits for an answer.
+    Cancelled,
+}
+
+impl Fault {
+    /// The channel it takes.
+    pub fn kind(&self) -> FaultKind {
+        match self {
+            Self::Invalid(_) => FaultKind::InvalidRequest,
+            Self::Unsupported(_) | Self::MissingInputs(_) => FaultKind::Precondition,
+            Self::Refused(Refused::Busy { retry_after, .. }) => FaultKind::Busy(*retry_after),
+            Self::Refused(Refused::Draining) => FaultKind::Unavailable,
+            Self::Worker(WorkerError { part: WorkerPart::Program, .. }) => FaultKind::Internal,
+            Self::Worker(_) => FaultKind::Unavailable,
+            Self::Cancelled => FaultKind::Cancelled,
+        }
+    }
+}
+
+/// A build that failed by itself, as its last event tells it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// What went wrong, for people.
+    pub message: String,
+    /// As a shell gives it; `None` where the command is not what failed.
+    pub exit_code: Option<i32>,
+}
+
+impl From<Cause> for Failure {
+    fn from(cause: Cause) -> Self {
+        Self { message: cause.to_string(), exit_code: cause.exit_code() }
+    }
+}
+
+/// What can make a build fail by itself.
+#[derive(Debug, thiserror::Error)]
+pub enum Cause {
+    /// The command ended with a code other than 0.
+    #[error("the command exited with code {code}")]
+    Exited {
+        /// The code.
+        code: i32,
+    },
+    /// A signal ended the command.
+    #[error("the command was ended by {}{}", SignalName(*signal), core.suffix())]
+    Signalled {
+        /// The signal's number.
+        signal: i32,
+        /// Whether it left a memory image.
+        core: Core,
+    },
+    /// The kernel would not execute the program.
+    #[error("can't execute \"{}\": {source}{}", printable(program), exec_hint(source))]
+    NotExecutable {
+        /// The program, as the request names it.
+        program: Vec<u8>,
+        /// The refusal.
+        source: io::Error,
+    },
+    /// The command succeeded, but not all outputs are there.
+    #[error("the command succeeded, but did not make {}", quoted(paths))]
+    MissingOutputs {
+        /// Those that are missing, in the request's order.
+        paths: Vec<SandboxPath>,
+    },
+    /// An output holds something that the castore has no form for.
+    #[error("\"{path}\" is {kind}; an output may hold files, directories and symbolic links only")]
+    UnstorableOutput {
+        /// Where it is.
+        path: SandboxPath,
+        /// What it is.
+        kind: FileKind,
+    },
+    /// The build used more than it may.
+    #[error("the build was stopped: {limit}")]
+    Limit {
+        /// What it reached.
+        limit: Limit,
+        /// How the command ended, as a shell gives it, if it is known.
+        exit_code: Option<i32>,
+    },
+}
+
+/// Whether a process left a memory image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Core {
+    /// It did.
+    Dumped,
+    /// It did not.
+    None,
+}
+
+impl Core {
+    fn suffix(self) -> &'static str {
+        match self {
+            Self::Dumped => ", core dumped",
+            Self::None => "",
+        }
+    }
+}
+
+/// A file that can't be stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileKind {
+    /// A named pipe.
+    Fifo,
+    /// A socket.
+    Socket,
+    /// A character device.
+    CharDevice,
+    /// A block device.
+    BlockDevice,
+    /// None of the kinds that Linux knows.
+    Unknown,
+}
+
+impl fmt::Display for FileKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Fifo => "a named pipe",
+            Self::Socket => "a socket",
+            Self::CharDevice => "a character device",
+            Self::BlockDevice => "a block device",
+            Self::Unknown => "a file of an unknown kind",
+        })
+    }
+}
+
+/// What a build may not exceed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Limit {
+    /// Memory.
+    #[error("it used more than the {bytes} bytes of memory it may")]
+    Memory {
+        /// Bytes it may use.
+        bytes: u64,
+    },
+    /// Processes and threads.
+    #[error("it ran more than the {count} processes it may")]
+    Processes {
+        /// How many it may run.
+        count: u64,
+    },
+    /// Time in all.
+    #[error("it ran longer than the {} s it may", time.as_secs_f64())]
+    Time {
+        /// How long it may run.
+        time: Duration,
+    },
+    /// Time without a word.
+    #[error("it said nothing for {} s, which is as long as it may", time.as_secs_f64())]
+    Silence {
+        /// How long it may be silent.
+        time: Duration,
+    },
+    /// Size of its log.
+    #[error("it wrote more than the {bytes} bytes of log it may")]
+    Log {
+        /// Bytes it may write.
+        bytes: u64,
+    },
+    /// Disk space of scratch paths.
+    #[error("it used more than the {bytes} bytes of disk it may")]
+    Disk {
+        /// Bytes it may use.
+        bytes: u64,
+    },
+    /// Size of its outputs.
+    #[error("its outputs have more than the {bytes} bytes they may")]
+    OutputBytes {
+        /// Bytes they may have.
+        bytes: u64,
+    },
+    /// Files, directories and links in its outputs.
+    #[error("its outputs have more than the {count} entries they may")]
+    OutputEntries {
+        /// How many they may have.
+        count: u64,
+    },
+    /// Directories in one another.
+    #[error("its outputs are nested more than the {count} directories deep they may be")]
+    OutputDepth {
+        /// How deep they may be.
+        count: u64,
+    },
+}
+
+impl Cause {
+    /// What a shell would give as `$?`; `None` where the command is not what failed.
+    fn exit_code(&self) -> Option<i32> {
+        match self {
+            Self::Exited { code } => Some(*code),
+            Self::Signalled { signal, .. } => Some(128_i32.saturating_add(*signal)),
+            Self::NotExecutable { source, .. } if source.kind() == io::ErrorKind::NotFound => Some(127),
+            Self::NotExecutable { .. } => Some(126),
+            Self::MissingOutputs { .. } | Self::UnstorableOutput { .. } => None,
+            Self::Limit { exit_code, .. } => *exit_code,
+        }
+    }
+}
+
+/// `signal 9 (SIGKILL)`; real-time signals have no name.
+struct SignalName(i32);
+
+impl fmt::Display for SignalName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match Signal::try_from(self.0) {
+            Ok(signal) => write!(f, "signal {} ({})", self.0, signal.as_str()),
+            Err(_) => write!(f, "signal {}", self.0),
+        }
+    }
+}
+
+/// What an errno of `execve` most often means.
+fn exec_hint(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::ENOENT) => {
+            "; neither the program nor what it needs to start (a script's interpreter, a dynamic loader) may be \
+             missing from the inputs"
+        }
+        Some(libc::ENOEXEC) => "; it is neither a script with an interpreter nor a program for this machine",
+        Some(libc::EACCES) => "; it is not an executable file",
+        Some(libc::E2BIG) => "; pass large values in files",
+        _ => "",
+    }
+}
+
+fn quoted(paths: &[SandboxPath]) -> String {
+    paths.iter().map(|path| format!("\"{path}\"")).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::build::request::PathFault;
+
+    fn path(text: &str) -> SandboxPath {
+        text.parse().unwrap()
+    }
+
+    fn not_executable(errno: i32) -> Cause {
+        Cause::NotExecutable { program: b"/bin/x".to_vec(), source: io::Error::from_raw_os_error(errno) }
+    }
+
+    #[test]
+    fn failures_have_words_and_a_shells_code() {
+        let limit = Limit::Time { time: Duration::from_millis(1500) };
+        let cases = [
+            (Cause::Exited { code: 3 }, "the command exited with code 3", Some(3)),
+            (
+                Cause::Signalled { signal: 11, core: Core::Dumped },
+                "the command was ended by signal 11 (SIGSEGV), core dumped",
+                Some(139),
+            ),
+            (
+                Cause::Signalled { signal: 40, core: Core::None },
+                "the command was ended by signal 40",
+                Some(168),
+            ),
+            (
+                not_executable(libc::ENOENT),
+                "can't execute \"/bin/x\": No such file or directory (os error 2); neither the program",
+                Some(127),
+            ),
+            (
+                not_executable(libc::EACCES),
+                "can't execute \"/bin/x\": Permission denied (os error 13); it is not an executable file",
+                Some(126),
+            ),
+            (
+                not_executable(libc::ENOEXEC),
+                "can't execute \"/bin/x\": Exec format error (os error 8); it is neither",
+                Some(126),
+            ),
+            (
+                not_executable(libc::EIO),
+                "can't execute \"/bin/x\": Input/output error (os error 5)",
+                Some(126),
+            ),
+            (
+                Cause::MissingOutputs { paths: vec![path("out/b"), path("out/a")] },
+                "the command succeeded, but did not make \"out/b\", \"out/a\"",
+                None,
+            ),
+            (
+                Cause::UnstorableOutput { path: path("out/s"), kind: FileKind::Socket },
+                "\"out/s\" is a socket; an output may hold files, directories and symbolic links only",
+                None,
+            ),
+            (
+                Cause::Limit { limit, exit_code: Some(137) },
+                "the build was stopped: it ran longer than the 1.5 s it may",
+                Some(137),
+            ),
+        ];
+        for (cause, message, exit_code) in cases {
+            let failure = Failure::from(cause);
+            assert!(failure.message.starts_with(message), "{}\n  not {message}", failure.message);
+            assert_eq!(failure.exit_code, exit_code, "{message}");
+        }
+    }
+
+    #[test]
+    fn faults_have_words_and_a_channel() {
+        let missing = |count| {
+            let one =
+                MissingInput { kind: InputKind::Blob, digest: Digest::of(b""), path: path("nix/store/x") };
+            MissingInputs(vec![one; count])
+        };
+        let invalid = InvalidRequest { field: "outputs[0]".to_owned(), fault: PathFault::Empty.into() };
+        let busy = Refused::Busy { running: 2, waiting: 8, retry_after: Duration::from_secs(5) };
+        let system = Unsupported::System {
+            wanted: "riscv64-linux".to_owned(),
+            offered: vec!["x86_64-linux".to_owned(), "i686-linux".to_owned()],
+        };
+        let cases: [(Fault, &str, FaultKind); 9] = [
+            (invalid.into(), "outputs[0]: the path is empty", FaultKind::InvalidRequest),
+            (
+                system.into(),
+                "constraints.system: this worker builds for x86_64-linux, i686-linux, not for riscv64-linux",
+                FaultKind::Precondition,
+            ),
+            (
+                missing(1).into(),
+                "the store lacks inputs, upload them first: blob af1349b9f5f9a1a6a0404dea36dcc949\
+                 9bcb25c9adc112b7cc9a93cae41f3262 for \"nix/store/x\"",
+                FaultKind::Precondition,
+            ),
+            (missing(22).into(), ", and 2 more", FaultKind::Precondition),
+            (
+                busy.into(),
+                "2 builds run and 8 wait here already; try again in 5 s",
+                FaultKind::Busy(Duration::from_secs(5)),
+            ),
+            (
+                Refused::Draining.into(),
+                "this worker is shutting down and takes no more builds",
+                FaultKind::Unavailable,
+            ),
+            (
+                WorkerError::new(WorkerPart::Scratch, io::Error::from_raw_os_error(libc::ENOSPC)).into(),
+                "the worker's scratch space failed: No space left on device (os error 28)",
+                FaultKind::Unavailable,
+            ),
+            (
+                WorkerError::new(WorkerPart::Program, "lost").into(),
+                "the worker's program failed: lost",
+                FaultKind::Internal,
+            ),
+            (Fault::Cancelled, "the build was cancelled", FaultKind::Cancelled),
+        ];
+        for (fault, message, kind) in cases {
+            assert!(fault.to_string().ends_with(message), "{fault}\n  not {message}");
+            assert_eq!(fault.kind(), kind, "{message}");
+        }
+    }
+}

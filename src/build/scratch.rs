@@ -1,0 +1,190 @@
+//! A build's directory on disk: made to its layout, opened for its outputs, removed with all it holds.
+
+use std::ffi::{CString, OsStr};
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use cofferdam_sandbox::{Identity, Owner, scratch::remove_tree};
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, OFlag, openat};
+use nix::sys::stat::{Mode, fchmod, mkdirat};
+use nix::unistd::{Gid, Uid, fchown, fchownat};
+
+use super::plan::{OnDisk, Role};
+
+/// Where the directories of all builds lie.
+#[derive(Clone, Debug)]
+pub struct ScratchRoot {
+    dir: Arc<OwnedFd>,
+    path: PathBuf,
+}
+
+/// The directory of one build. Dropping it removes it, in the background if there is an executor.
+#[derive(Debug)]
+pub struct Scratch {
+    root: ScratchRoot,
+    name: CString,
+    dir: Arc<OwnedFd>,
+}
+
+/// What could not be done on the scratch disk.
+#[derive(Debug, thiserror::Error)]
+#[error("can't {act} {path} in the scratch directory: {source}")]
+pub struct ScratchError {
+    /// What was tried, as a verb.
+    pub act: &'static str,
+    /// On what.
+    pub path: PathBuf,
+    /// The refusal.
+    pub source: io::Error,
+}
+
+fn fail(act: &'static str, path: &Path) -> impl Fn(Errno) -> ScratchError {
+    move |errno| ScratchError { act, path: path.into(), source: errno.into() }
+}
+
+impl ScratchRoot {
+    /// Opens the directory at `path`, which is made if it isn't there and emptied if it is: only a worker that
+    /// has locked its state directory may do this.
+    ///
+    /// # Errors
+    /// Where it can't be made, opened or emptied.
+    pub fn open(path: &Path) -> Result<Self, ScratchError> {
+        let io = |act| move |source| ScratchError { act, path: path.into(), source };
+        let mut builder = std::fs::DirBuilder::new();
+        std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+        builder.recursive(true).create(path).map_err(io("make"))?;
+        let dir: OwnedFd = File::open(path).map_err(io("open"))?.into();
+        cofferdam_sandbox::scratch::remove_contents(dir.as_fd()).map_err(io("sweep"))?;
+        Ok(Self { dir: Arc::new(dir), path: path.into() })
+    }
+
+    /// Where the directory of the build called `id` is.
+    pub fn path_of(&self, id: &str) -> PathBuf {
+        self.path.join(id)
+    }
+
+    /// Makes the directory of the build called `id` with what its layout asks for.
+    ///
+    /// # Errors
+    /// Where something can't be made. What was made is removed.
+    pub fn create(
+        &self,
+        id: &str,
+        layout: &[OnDisk],
+        identity: &Identity,
+        slot: u32,
+    ) -> Result<Scratch, ScratchError> {
+        let name = CString::new(id).map_err(|_| fail("make", Path::new(id))(Errno::EINVAL))?;
+        let made = mkdirat(&self.dir, name.as_c_str(), Mode::S_IRWXU)
+            .and_then(|()| open_dir(self.dir.as_fd(), OsStr::from_bytes(name.as_bytes())));
+        let dir = made.map_err(fail("make", Path::new(id)))?;
+        // From here on dropping it cleans up.
+        let scratch = Scratch { root: self.clone(), name, dir: Arc::new(dir) };
+        for item in layout {
+            let (path, made) = match item {
+                OnDisk::Directory { path, mode, owner } => {
+                    (path, make_directory(scratch.dir.as_fd(), path, *mode, owner_of(*owner, identity, slot)))
+                }
+                OnDisk::File { path, contents } => {
+                    (path, make_file(scratch.dir.as_fd(), path, contents, identity.build_owner(slot)))
+                }
+            };
+            made.map_err(fail("make", path))?;
+        }
+        Ok(scratch)
+    }
+}
+
+impl Scratch {
+    /// Opens the directory that holds `path`; `None` where it isn't there. Symbolic links are not followed: the
+    /// build may have put them anywhere.
+    ///
+    /// # Errors
+    /// Where it can't be opened though it is there.
+    pub fn parent_of(&self, path: &Path) -> Result<Option<OwnedFd>, ScratchError> {
+        match walk(self.dir.as_fd(), path.parent().unwrap_or(Path::new("")), |_, _| Err(Errno::ENOENT)) {
+            Ok(dir) => Ok(Some(dir)),
+            Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => Ok(None),
+            Err(errno) => Err(fail("open", path)(errno)),
+        }
+    }
+
+    /// Removes the directory with all it holds.
+    ///
+    /// # Errors
+    /// The first refusal.
+    pub fn remove(&self) -> io::Result<()> {
+        remove_tree(self.root.dir.as_fd(), &self.name)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Err(error) = self.remove() {
+            let name = self.name.to_string_lossy();
+            tracing::warn!(build = %name, %error, "scratch is left; the next start sweeps it");
+        }
+    }
+}
+
+fn owner_of(role: Role, identity: &Identity, slot: u32) -> Option<Owner> {
+    match role {
+        Role::Daemon => None,
+        Role::Root => Some(identity.root_owner()),
+        Role::RootForBuild => {
+            Some(Owner { uid: identity.root_owner().uid, gid: identity.build_owner(slot).gid })
+        }
+        Role::Build => Some(identity.build_owner(slot)),
+    }
+}
+
+fn make_directory(dir: BorrowedFd<'_>, path: &Path, mode: u32, owner: Option<Owner>) -> Result<(), Errno> {
+    let made = walk(dir, path, |dir, name| mkdirat(dir, name, Mode::S_IRWXU))?;
+    if let Some(owner) = owner {
+        fchown(&made, Some(Uid::from_raw(owner.uid)), Some(Gid::from_raw(owner.gid)))?;
+    }
+    // After the change of owner, which may clear bits.
+    fchmod(&made, Mode::from_bits_truncate(mode))
+}
+
+fn make_file(dir: BorrowedFd<'_>, path: &Path, contents: &[u8], owner: Owner) -> Result<(), Errno> {
+    let ids = (Some(Uid::from_raw(owner.uid)), Some(Gid::from_raw(owner.gid)));
+    let parent = walk(dir, path.parent().unwrap_or(Path::new("")), |dir, name| {
+        mkdirat(dir, name, Mode::from_bits_truncate(0o755))?;
+        fchownat(dir, name, ids.0, ids.1, AtFlags::AT_SYMLINK_NOFOLLOW)
+    })?;
+    let name = path.file_name().ok_or(Errno::EINVAL)?;
+    let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let mut file = File::from(openat(&parent, name, flags, Mode::from_bits_truncate(0o644))?);
+    file.write_all(contents).map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
+    fchown(&file, ids.0, ids.1)
+}
+
+/// Walks to the directory at `path` without following a link, and calls `make` on what isn't there.
+fn walk(
+    dir: BorrowedFd<'_>,
+    path: &Path,
+    make: impl Fn(&OwnedFd, &OsStr) -> Result<(), Errno>,
+) -> Result<OwnedFd, Errno> {
+    let mut at = open_dir(dir, OsStr::new("."))?;
+    for component in path.components() {
+        let Component::Normal(name) = component else { return Err(Errno::EINVAL) };
+        at = match open_dir(at.as_fd(), name) {
+            Err(Errno::ENOENT) => {
+                make(&at, name)?;
+                open_dir(at.as_fd(), name)?
+            }
+            opened => opened?,
+        };
+    }
+    Ok(at)
+}
+
+fn open_dir(dir: BorrowedFd<'_>, name: &OsStr) -> Result<OwnedFd, Errno> {
+    openat(dir, name, OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())
+}

@@ -1,0 +1,144 @@
+//! A store in a directory of its own on this machine.
+//!
+//! ```text
+//! lock              locked for as long as anyone uses the store
+//! blobs/af/af13…    one read-only file for each blob, named by its digest
+//! directories.redb  directories by digest, in canonical encoding
+//! tmp/              blobs in the making; swept when the store is opened
+//! ```
+//!
+//! # What holds
+//! * A blob's name is the digest of the bytes that were written; it appears whole, by a rename. Directories
+//!   are checked against their digest when they are read.
+//! * Every directory in the store has all its child directories there. A `put` stores all of its
+//!   directories or none.
+//! * After the death of the process all of that holds. After the death of the machine it holds for
+//!   directories, which were synced when `put` returned. Blobs are written back when the kernel sees fit: one
+//!   that was stored in the last seconds may be missing, or empty under its name. Storing it again mends it.
+//!
+//! Blobs are not hashed again when they are opened; whoever hands their bytes on to where they must be right
+//! ([`export`](super::tree::export)) does that.
+
+use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use nix::libc;
+
+use super::traits::{Store, StoreError};
+
+mod blobs;
+mod directories;
+#[cfg(test)]
+mod tests;
+
+/// Mode of the directories that a store consists of: what it holds is its owner's business.
+const DIRECTORY_MODE: u32 = 0o700;
+
+/// A store in a directory on this machine, opened by this process alone.
+pub struct LocalStore {
+    store: Store,
+}
+
+impl LocalStore {
+    /// Opens the store at `path`, or makes an empty one there. It remains locked until the last clone of
+    /// [`LocalStore::store`] and the last [`BlobWriter`](super::BlobWriter) are gone.
+    ///
+    /// # Errors
+    /// [`StoreError::InUse`] where another process (or another `LocalStore`) has it open;
+    /// [`StoreError::Io`] and [`StoreError::Database`] where it can't be made or read.
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        let root = Arc::new(Root::open(path)?);
+        let directories = directories::Directories::open(Arc::clone(&root))?;
+        let blobs = blobs::Blobs::new(root);
+        Ok(Self { store: Store { blobs: Arc::new(blobs), directories: Arc::new(directories) } })
+    }
+
+    /// The two services.
+    pub fn store(&self) -> Store {
+        self.store.clone()
+    }
+}
+
+/// The directory of a store: locked, complete and swept.
+struct Root {
+    path: PathBuf,
+    /// `blobs/`.
+    blobs: OwnedFd,
+    /// `tmp/`.
+    temporary: OwnedFd,
+    /// Number of the next temporary file.
+    next: AtomicU64,
+    /// The lock goes with this description, when the last user of the store does.
+    _lock: File,
+}
+
+impl Root {
+    fn open(path: &Path) -> Result<Self, StoreError> {
+        let make = |path: &Path| {
+            let made = DirBuilder::new().recursive(true).mode(DIRECTORY_MODE).create(path);
+            made.map_err(|error| failed("create", path, error))
+        };
+        make(path)?;
+        let lock = lock(path)?;
+        // From here on nobody else is in there.
+        let temporary = path.join("tmp");
+        sweep(&temporary)?;
+        make(&temporary)?;
+        let blobs = path.join("blobs");
+        if !blobs.try_exists().map_err(|error| failed("look for", &blobs, error))? {
+            // All or nothing, so that later ones need not look whether each is there.
+            let new = temporary.join("blobs");
+            (0..=u8::MAX).try_for_each(|first| make(&new.join(format!("{first:02x}"))))?;
+            fs::rename(&new, &blobs).map_err(|error| failed("create", &blobs, error))?;
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            blobs: open_directory(&blobs)?,
+            temporary: open_directory(&temporary)?,
+            next: AtomicU64::new(0),
+            _lock: lock,
+        })
+    }
+
+    /// A name in `tmp/` that is not taken.
+    fn temporary_name(&self) -> String {
+        self.next.fetch_add(1, Ordering::Relaxed).to_string()
+    }
+}
+
+fn lock(store: &Path) -> Result<File, StoreError> {
+    let path = store.join("lock");
+    let file = OpenOptions::new().create(true).write(true).truncate(false).mode(0o600).open(&path);
+    let file = file.map_err(|error| failed("open", &path, error))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(StoreError::InUse { path: shown(store) }),
+        Err(TryLockError::Error(error)) => Err(failed("lock", &path, error)),
+    }
+}
+
+/// Removes what a killed process left half made.
+fn sweep(temporary: &Path) -> Result<(), StoreError> {
+    match fs::remove_dir_all(temporary) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed("empty", temporary, error)),
+        _ => Ok(()),
+    }
+}
+
+fn open_directory(path: &Path) -> Result<OwnedFd, StoreError> {
+    let opened = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(path);
+    opened.map(OwnedFd::from).map_err(|error| failed("open", path, error))
+}
+
+fn shown(path: &Path) -> String {
+    path.display().to_string()
+}
+
+fn failed(act: &'static str, path: &Path, source: io::Error) -> StoreError {
+    StoreError::io(act, shown(path), source)
+}

@@ -1,0 +1,367 @@
+//! From nodes in the store to files on disk, and to a list.
+
+use std::ffi::OsStr;
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
+use std::vec;
+
+use nix::dir::Dir;
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::{Mode, mkdirat};
+use nix::unistd::{UnlinkatFlags, symlinkat, unlinkat};
+
+use super::ingest::MAX_DEPTH;
+use super::node::{Digest, Directory, Name, Node, NodeError, printable};
+use super::traits::{Store, StoreError};
+
+#[cfg(test)]
+mod tests;
+
+/// Contents are copied in pieces of this size.
+const BUFFER_BYTES: usize = 256 * 1024;
+
+/// Lays `node` out as the new entry `name` of `dir`.
+///
+/// Files get mode 0644 or 0755 and directories 0755, less the umask. Nothing that exists is overwritten or
+/// followed, and contents are checked against their digest. What was made before a failure is removed
+/// again, as far as that is possible.
+///
+/// # Errors
+/// [`ExportError::Missing`], [`ExportError::Contents`] and [`ExportError::Size`] where the store doesn't
+/// hold what the tree says, [`ExportError::Io`] where it can't be written; among these is `EEXIST` for a `name`
+/// that is taken.
+pub fn export(store: &Store, node: &Node, dir: BorrowedFd<'_>, name: &OsStr) -> Result<(), ExportError> {
+    let name = Name::new(name.as_bytes()).map_err(|source| ExportError::Name { source })?;
+    let mut export = Export { store, buffer: vec![0; BUFFER_BYTES], path: Vec::new(), made: false };
+    let done = export.tree(node, dir, &name);
+    if done.is_err() && export.made {
+        // The first failure is the one to tell of.
+        let _ = remove(dir, &name);
+    }
+    done
+}
+
+/// A tree on its way to the disk.
+struct Export<'a> {
+    store: &'a Store,
+    buffer: Vec<u8>,
+    /// Where the walk stands, relative to the root.
+    path: Vec<u8>,
+    /// Whether anything was made, so the root at least.
+    made: bool,
+}
+
+/// A directory that was made: its files are there, these directories are not yet. The last one is being worked on.
+struct Made {
+    fd: OwnedFd,
+    left: Vec<(Name, Digest)>,
+}
+
+impl Export<'_> {
+    fn tree(&mut self, node: &Node, dir: BorrowedFd<'_>, name: &Name) -> Result<(), ExportError> {
+        let Node::Directory { digest, .. } = node else {
+            return self.leaf(node, dir, name);
+        };
+        let mut above = vec![self.directory(digest, dir, name)?];
+        while let Some(parent) = above.last() {
+            let Some((name, digest)) = parent.left.last() else {
+                above.pop();
+                if let Some((name, _)) = above.last_mut().and_then(|parent| parent.left.pop()) {
+                    leave(&mut self.path, &name);
+                }
+                continue;
+            };
+            enter(&mut self.path, name);
+            if above.len() == MAX_DEPTH {
+                return Err(ExportError::TooDeep { path: shown(&self.path) });
+            }
+            let made = self.directory(digest, parent.fd.as_fd(), name)?;
+            above.push(made);
+        }
+        Ok(())
+    }
+
+    /// Makes a directory with all of its entries that are not directories.
+    fn directory(&mut self, digest: &Digest, dir: BorrowedFd<'_>, name: &Name) -> Result<Made, ExportError> {
+        let directory = load(self.store, digest, &self.path)?;
+        mkdirat(dir, name.as_os_str(), Mode::from_bits_truncate(0o755))
+            .map_err(|errno| self.failed("create", errno))?;
+        self.made = true;
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let fd = openat(dir, name.as_os_str(), flags, Mode::empty())
+            .map_err(|errno| self.failed("open", errno))?;
+        let mut left = Vec::new();
+        for (name, node) in directory.entries() {
+            if let Node::Directory { digest, .. } = node {
+                left.push((name.clone(), *digest));
+            } else {
+                enter(&mut self.path, name);
+                self.leaf(node, fd.as_fd(), name)?;
+                leave(&mut self.path, name);
+            }
+        }
+        Ok(Made { fd, left })
+    }
+
+    fn leaf(&mut self, node: &Node, dir: BorrowedFd<'_>, name: &Name) -> Result<(), ExportError> {
+        match node {
+            Node::Directory { .. } => Ok(()),
+            Node::Symlink { target } => {
+                symlinkat(OsStr::from_bytes(target.as_bytes()), dir, name.as_os_str())
+                    .map_err(|errno| self.failed("create", errno))?;
+                self.made = true;
+                Ok(())
+            }
+            Node::File { digest, size, executable } => {
+                let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
+                let mode = Mode::from_bits_truncate(if *executable { 0o755 } else { 0o644 });
+                let file = openat(dir, name.as_os_str(), flags, mode)
+                    .map_err(|errno| self.failed("create", errno))?;
+                self.made = true;
+                self.contents(file.into(), digest, *size)
+            }
+        }
+    }
+
+    fn contents(&mut self, mut file: File, digest: &Digest, stated: u64) -> Result<(), ExportError> {
+        let io = |act, path: &[u8], source| ExportError::Io { act, path: shown(path), source };
+        let blob = self.store.blobs.open(digest)?;
+        let blob = blob.ok_or_else(|| missing(ObjectKind::Blob, digest, &self.path))?;
+        let mut hasher = blake3::Hasher::new();
+        loop {
+            let count = blob.read_at(&mut self.buffer, hasher.count());
+            let count = count.map_err(|error| io("read the contents of", &self.path, error))?;
+            let Some(chunk) = self.buffer.get(..count).filter(|chunk| !chunk.is_empty()) else { break };
+            hasher.update(chunk);
+            file.write_all(chunk).map_err(|error| io("write", &self.path, error))?;
+        }
+        if Digest::from(hasher.finalize()) != *digest {
+            return Err(ExportError::Contents { path: shown(&self.path), digest: *digest });
+        }
+        let actual = hasher.count();
+        if actual != stated {
+            return Err(ExportError::Size { path: shown(&self.path), digest: *digest, stated, actual });
+        }
+        Ok(())
+    }
+
+    fn failed(&self, act: &'static str, errno: Errno) -> ExportError {
+        ExportError::Io { act, path: shown(&self.path), source: errno.into() }
+    }
+}
+
+/// Removes the entry `name` of `dir` with everything below it, following nothing.
+fn remove(dir: BorrowedFd<'_>, name: &Name) -> Result<(), Errno> {
+    let Some(root) = remove_or_open(dir, name)? else { return Ok(()) };
+    let mut above = vec![root];
+    while let Some((open, left)) = above.last() {
+        let Some(next) = left.last() else {
+            above.pop();
+            match above.last_mut() {
+                Some((open, left)) => {
+                    if let Some(child) = left.pop() {
+                        unlinkat(open.as_fd(), child.as_os_str(), UnlinkatFlags::RemoveDir)?;
+                    }
+                }
+                None => return unlinkat(dir, name.as_os_str(), UnlinkatFlags::RemoveDir),
+            }
+            continue;
+        };
+        match remove_or_open(open.as_fd(), next)? {
+            Some(child) => above.push(child),
+            None => {
+                above.last_mut().map(|(_, left)| left.pop());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Removes what is not a directory; opens and lists what is one.
+fn remove_or_open(dir: BorrowedFd<'_>, name: &Name) -> Result<Option<(Dir, Vec<Name>)>, Errno> {
+    match unlinkat(dir, name.as_os_str(), UnlinkatFlags::NoRemoveDir) {
+        Err(Errno::EISDIR) => {}
+        done => return done.map(|()| None),
+    }
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let mut open = Dir::openat(dir, name.as_os_str(), flags, Mode::empty())?;
+    let mut names = Vec::new();
+    for entry in open.iter() {
+        // Only `.` and `..` are not names.
+        names.extend(Name::new(entry?.file_name().to_bytes()));
+    }
+    Ok(Some((open, names)))
+}
+
+/// Everything in the tree of `node`, each with its path relative to it: first `node` itself, with an empty
+/// path, then what lies below it. Entries of a directory ascend by name, and each is followed by what lies
+/// below it.
+///
+/// The list ends with the first error.
+pub fn list<'a>(store: &'a Store, node: &Node) -> Listing<'a> {
+    Listing { store, above: Vec::new(), path: Vec::new(), root: Some(node.clone()), below: None }
+}
+
+/// The iterator that [`list`] returns.
+pub struct Listing<'a> {
+    store: &'a Store,
+    /// The directories on the way to the entry listed last: length of the path to each, and its entries left.
+    above: Vec<(usize, vec::IntoIter<(Name, Node)>)>,
+    path: Vec<u8>,
+    root: Option<Node>,
+    /// The entry listed last, if it is a directory.
+    below: Option<Digest>,
+}
+
+impl Listing<'_> {
+    /// Goes on to the entries of the directory listed last.
+    fn descend(&mut self, digest: &Digest) -> Result<(), ExportError> {
+        if self.above.len() == MAX_DEPTH {
+            return Err(ExportError::TooDeep { path: shown(&self.path) });
+        }
+        let directory = load(self.store, digest, &self.path)?;
+        let entries: Vec<_> = directory.entries().map(|(name, node)| (name.clone(), node.clone())).collect();
+        self.above.push((self.path.len(), entries.into_iter()));
+        Ok(())
+    }
+
+    fn listed(&mut self, node: Node) -> (Vec<u8>, Node) {
+        if let Node::Directory { digest, .. } = &node {
+            self.below = Some(*digest);
+        }
+        (self.path.clone(), node)
+    }
+}
+
+impl Iterator for Listing<'_> {
+    type Item = Result<(Vec<u8>, Node), ExportError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if let Some(root) = self.root.take() {
+            return Some(Ok(self.listed(root)));
+        }
+        if let Some(digest) = self.below.take()
+            && let Err(error) = self.descend(&digest)
+        {
+            self.above.clear();
+            return Some(Err(error));
+        }
+        loop {
+            let (len, entries) = self.above.last_mut()?;
+            self.path.truncate(*len);
+            if let Some((name, node)) = entries.next() {
+                enter(&mut self.path, &name);
+                return Some(Ok(self.listed(node)));
+            }
+            self.above.pop();
+        }
+    }
+}
+
+fn load(store: &Store, digest: &Digest, path: &[u8]) -> Result<Arc<Directory>, ExportError> {
+    let directory = store.directories.get(digest)?;
+    directory.ok_or_else(|| missing(ObjectKind::Directory, digest, path))
+}
+
+fn missing(kind: ObjectKind, digest: &Digest, path: &[u8]) -> ExportError {
+    ExportError::Missing { path: shown(path), kind, digest: *digest }
+}
+
+fn enter(path: &mut Vec<u8>, name: &Name) {
+    if !path.is_empty() {
+        path.push(b'/');
+    }
+    path.extend_from_slice(name.as_bytes());
+}
+
+fn leave(path: &mut Vec<u8>, name: &Name) {
+    path.truncate(path.len().saturating_sub(name.as_bytes().len() + 1));
+}
+
+fn shown(path: &[u8]) -> String {
+    if path.is_empty() { ".".to_owned() } else { printable(path) }
+}
+
+/// The two kinds of things that a digest may name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ObjectKind {
+    /// The contents of a file.
+    Blob,
+    /// A directory.
+    Directory,
+}
+
+impl fmt::Display for ObjectKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Blob => "blob",
+            Self::Directory => "directory",
+        })
+    }
+}
+
+/// Why a tree could not be laid out or listed. Paths are relative to its root, which itself is `.`, and
+/// escaped.
+#[derive(Debug, thiserror::Error)]
+pub enum ExportError {
+    /// The name given for the root is no name.
+    #[error("can't lay out a tree: {source}")]
+    Name {
+        /// What is wrong with it.
+        source: NodeError,
+    },
+    /// The store lacks a part of the tree.
+    #[error("the {kind} {digest}, needed for {path}, is not in the store")]
+    Missing {
+        /// What it is needed for.
+        path: String,
+        /// What is missing.
+        kind: ObjectKind,
+        /// Its digest.
+        digest: Digest,
+    },
+    /// The store gave other bytes than the digest names.
+    #[error("the store's contents for {path} are not those of digest {digest}")]
+    Contents {
+        /// The file.
+        path: String,
+        /// The digest of what it should contain.
+        digest: Digest,
+    },
+    /// The tree states a wrong size for a file.
+    #[error("{path} is said to have {stated} bytes, but blob {digest} has {actual}")]
+    Size {
+        /// The file.
+        path: String,
+        /// The digest of what it contains.
+        digest: Digest,
+        /// The size that its directory states, in bytes.
+        stated: u64,
+        /// The size of the blob in bytes.
+        actual: u64,
+    },
+    /// Directories lie too deep in one another.
+    #[error("{path} lies too deep: at most {MAX_DEPTH} directories may lie in one another")]
+    TooDeep {
+        /// The first directory that is too deep.
+        path: String,
+    },
+    /// The operating system refused something.
+    #[error("can't {act} {path}: {source}")]
+    Io {
+        /// What was tried, as a verb.
+        act: &'static str,
+        /// What it was tried on.
+        path: String,
+        /// The refusal.
+        source: io::Error,
+    },
+    /// The store could not say what the tree consists of.
+    #[error("can't read the tree: {0}")]
+    Store(#[from] StoreError),
+}

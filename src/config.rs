@@ -1,0 +1,84 @@
+//! Settings of a worker: one definition, whatever they come from.
+
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+
+/// Everything about a worker that can be chosen.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Where the store and the scratch space lie; one worker at a time.
+    pub state_dir: PathBuf,
+    /// Whether the state directory outlives the worker.
+    pub lifetime: Lifetime,
+    /// How many builds run at once.
+    pub max_builds: NonZeroUsize,
+    /// How many more may wait for their turn.
+    pub max_waiting: usize,
+    /// What of the host builds may see, if they ask: these paths and all beneath them.
+    pub allowed_host_paths: Vec<PathBuf>,
+    /// Whether builds may use the host's network, if they ask.
+    pub network: NetworkPolicy,
+    /// The program that is `/bin/sh` for builds that ask for one; it must be statically linked.
+    pub shell: Option<PathBuf>,
+}
+
+/// What becomes of a state directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lifetime {
+    /// It stays for the next worker.
+    Lasting,
+    /// It goes with the worker.
+    Ephemeral,
+}
+
+/// Whether builds may use the host's network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NetworkPolicy {
+    /// They may not.
+    Refused,
+    /// Those that ask share the host's.
+    Host,
+}
+
+/// How many builds wait by default before more are refused.
+pub const MAX_WAITING: usize = 1000;
+
+impl Settings {
+    /// The defaults, for a state directory.
+    pub fn new(state_dir: PathBuf, lifetime: Lifetime) -> Self {
+        Self {
+            state_dir,
+            lifetime,
+            max_builds: std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
+            max_waiting: MAX_WAITING,
+            allowed_host_paths: Vec::new(),
+            network: NetworkPolicy::Refused,
+            shell: None,
+        }
+    }
+
+    /// Whether builds may see the host's `path`. It is compared as it is written: nothing is looked up.
+    pub fn allows(&self, path: &Path) -> bool {
+        self.allowed_host_paths.iter().any(|allowed| path.starts_with(allowed))
+    }
+}
+
+/// The state directory where none is chosen: `/var/lib/cofferdam` for root, and
+/// `$XDG_STATE_HOME/cofferdam` or `~/.local/state/cofferdam` for others. `None` without a home.
+pub fn default_state_dir() -> Option<PathBuf> {
+    if nix::unistd::Uid::effective().is_root() {
+        return Some("/var/lib/cofferdam".into());
+    }
+    let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let state = absolute("XDG_STATE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".local/state")));
+    state.map(|state| state.join("cofferdam"))
+}
+
+/// The daemon's socket where none is chosen: `$XDG_RUNTIME_DIR/cofferdam.sock`, or
+/// `/run/cofferdam/cofferdam.sock`.
+pub fn default_socket() -> PathBuf {
+    match std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from) {
+        Some(dir) if dir.is_absolute() => dir.join("cofferdam.sock"),
+        _ => "/run/cofferdam/cofferdam.sock".into(),
+    }
+}
