@@ -8,6 +8,7 @@ pub mod local;
 mod memo;
 pub mod memory;
 pub mod node;
+pub mod remote;
 pub mod traits;
 pub mod tree;
 

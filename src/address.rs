@@ -1,0 +1,235 @@
+//! Where a daemon listens or a store answers: a unix socket, or a host and port.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint};
+
+/// Longest path of a unix socket in bytes: `sun_path` of Linux without its NUL.
+const MAX_SOCKET_PATH: usize = 107;
+
+/// How long a connection may take to come about.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How often a silent peer over TCP is asked whether it is still there, and how long it may take to say so.
+const KEEP_ALIVE: Duration = Duration::from_secs(20);
+
+/// An address of gRPC without TLS.
+///
+/// Written `unix:PATH`, `HOST:PORT`, `grpc+unix:PATH` or `grpc+http://HOST:PORT`; a host that is an IPv6
+/// address stands in brackets.
+///
+/// ```
+/// use cofferdam::address::Address;
+///
+/// let address: Address = "grpc+http://localhost:8000".parse()?;
+/// assert_eq!(address.to_string(), "localhost:8000");
+/// # Ok::<(), cofferdam::address::AddressError>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Address {
+    /// A unix socket.
+    Unix(PathBuf),
+    /// A TCP port.
+    Tcp {
+        /// A name, an IPv4 address, or an IPv6 address in brackets.
+        host: String,
+        /// The port.
+        port: u16,
+    },
+}
+
+impl Address {
+    /// Connects.
+    ///
+    /// # Errors
+    /// [`ConnectError`] with the system's reason.
+    ///
+    /// # Cancel safety
+    /// Dropping the future abandons the attempt.
+    pub async fn connect(&self) -> Result<Channel, ConnectError> {
+        let connecting = async {
+            match self {
+                Self::Unix(path) => connect_unix(path).await,
+                Self::Tcp { host, port } => {
+                    let endpoint = Endpoint::from_shared(format!("http://{host}:{port}"))?;
+                    let endpoint = endpoint.http2_keep_alive_interval(KEEP_ALIVE);
+                    endpoint.keep_alive_timeout(KEEP_ALIVE).connect_timeout(CONNECT_TIMEOUT).connect().await
+                }
+            }
+        };
+        connecting.await.map_err(|source| ConnectError { address: self.clone(), source })
+    }
+}
+
+async fn connect_unix(path: &Path) -> Result<Channel, tonic::transport::Error> {
+    let path = path.to_owned();
+    let connector = tower::service_fn(move |_| {
+        let path = path.clone();
+        async move { UnixStream::connect(path).await.map(TokioIo::new) }
+    });
+    // The URI is what the server is told it is called; the connector decides where it is.
+    Endpoint::from_static("http://localhost").connect_with_connector(connector).await
+}
+
+impl FromStr for Address {
+    type Err = AddressError;
+
+    fn from_str(text: &str) -> Result<Self, AddressError> {
+        let refuse = |fault| AddressError { text: text.to_owned(), fault };
+        if let Some(path) = text.strip_prefix("grpc+unix:").or_else(|| text.strip_prefix("unix:")) {
+            // `unix:///run/x` is another way to write `unix:/run/x`.
+            let path = if path.starts_with("///") { path.strip_prefix("//").unwrap_or(path) } else { path };
+            return match path {
+                "" => Err(refuse("the path of the socket is missing")),
+                _ if path.len() > MAX_SOCKET_PATH => Err(refuse("a socket's path has at most 107 bytes")),
+                _ if path.contains('\0') => Err(refuse("the path contains a NUL byte")),
+                _ => Ok(Self::Unix(PathBuf::from(path))),
+            };
+        }
+        let rest = match text.strip_prefix("grpc+http://") {
+            Some(rest) => rest.strip_suffix('/').unwrap_or(rest),
+            None if text.contains("://") => {
+                return Err(refuse("the scheme is unknown; there are grpc+http: and grpc+unix:"));
+            }
+            None => text,
+        };
+        let (host, port) = rest.rsplit_once(':').ok_or_else(|| refuse("the port is missing"))?;
+        let bracketed = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+        match bracketed {
+            Some(inside) if inside.parse::<std::net::Ipv6Addr>().is_err() => {
+                return Err(refuse("what stands in brackets is not an IPv6 address"));
+            }
+            None if host.is_empty() => return Err(refuse("the host is missing")),
+            None if host.contains(':') => return Err(refuse("an IPv6 address stands in brackets")),
+            None if !host.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte)) => {
+                return Err(refuse("the host has characters that no host name has"));
+            }
+            _ => {}
+        }
+        let digits = port.bytes().all(|byte| byte.is_ascii_digit());
+        match port.parse() {
+            Ok(port) if digits => Ok(Self::Tcp { host: host.to_owned(), port }),
+            _ => Err(refuse("the port is not a number from 0 to 65535")),
+        }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            Self::Tcp { host, port } => write!(f, "{host}:{port}"),
+        }
+    }
+}
+
+/// What makes a text no address.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("\"{text}\" is not an address: {fault} (unix:PATH or HOST:PORT is wanted)")]
+pub struct AddressError {
+    /// The text.
+    pub text: String,
+    /// What is wrong with it.
+    pub fault: &'static str,
+}
+
+/// Why a connection did not come about.
+#[derive(Debug, thiserror::Error)]
+#[error("can't connect to {address}: {}", reason(.source))]
+pub struct ConnectError {
+    /// Where to.
+    pub address: Address,
+    source: tonic::transport::Error,
+}
+
+/// The innermost cause, which is the one that says something; and a question where it suggests one.
+fn reason(error: &tonic::transport::Error) -> String {
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(deeper) = cause.source() {
+        cause = deeper;
+    }
+    let kind = cause.downcast_ref::<io::Error>().map(io::Error::kind);
+    let hint = match kind {
+        Some(io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => "; is the daemon running?",
+        _ => "",
+    };
+    format!("{cause}{hint}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_read_and_written() {
+        let cases = [
+            ("unix:/run/x.sock", "unix:/run/x.sock"),
+            ("unix:x.sock", "unix:x.sock"),
+            ("unix:///run/x.sock", "unix:/run/x.sock"),
+            ("unix:////run/x.sock", "unix://run/x.sock"),
+            ("grpc+unix:/run/x.sock", "unix:/run/x.sock"),
+            ("grpc+unix:///run/x.sock", "unix:/run/x.sock"),
+            ("localhost:8000", "localhost:8000"),
+            ("127.0.0.1:0", "127.0.0.1:0"),
+            ("[::1]:65535", "[::1]:65535"),
+            ("grpc+http://[::]:8000", "[::]:8000"),
+            ("grpc+http://build-1.example.org:8000/", "build-1.example.org:8000"),
+        ];
+        for (text, canonical) in cases {
+            let address: Address = text.parse().unwrap_or_else(|error| panic!("{error}"));
+            assert_eq!(address.to_string(), canonical, "{text}");
+            assert_eq!(canonical.parse(), Ok(address), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_address_is_refused() {
+        let long = format!("unix:/{}", "x".repeat(107));
+        let cases = [
+            ("", "the port is missing"),
+            ("unix:", "the path of the socket"),
+            (&long, "107 bytes"),
+            ("unix:/a\0b", "NUL"),
+            ("localhost", "the port is missing"),
+            (":8000", "the host is missing"),
+            ("localhost:", "the port is not"),
+            ("localhost:+80", "the port is not"),
+            ("localhost:65536", "the port is not"),
+            ("::1:8000", "stands in brackets"),
+            ("[::x]:8000", "not an IPv6"),
+            ("user@host:1", "no host name"),
+            ("a b:1", "no host name"),
+            ("grpc+https://localhost:1", "the scheme is unknown"),
+            ("http://localhost:1", "the scheme is unknown"),
+            ("grpc+http://localhost:1/path", "the port is not"),
+        ];
+        for (text, fault) in cases {
+            let error = text.parse::<Address>().unwrap_err().to_string();
+            assert!(error.contains(fault), "{text:?}: {error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_failed_connection_names_address_and_cause() {
+        let directory = tempfile::tempdir().unwrap();
+        let stale = directory.path().join("stale");
+        drop(std::os::unix::net::UnixListener::bind(&stale).unwrap());
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let cases = [
+            (format!("unix:{}/none", directory.path().display()), "No such file or directory"),
+            (format!("unix:{}", stale.display()), "Connection refused"),
+            (free.to_string(), "Connection refused"),
+        ];
+        for (text, cause) in cases {
+            let error = text.parse::<Address>().unwrap().connect().await.unwrap_err().to_string();
+            assert!(error.contains(&text) && error.contains(cause), "{error}");
+            assert!(error.ends_with("is the daemon running?"), "{error}");
+        }
+    }
+}
