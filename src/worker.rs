@@ -168,7 +168,11 @@ impl StateDir {
                 Err((back, Errno::EWOULDBLOCK)) if Instant::now() < deadline => file = back,
                 Err((_, Errno::EWOULDBLOCK)) => return Err(WorkerStartError::InUse { path: path.into() }),
                 Err((_, errno)) => {
-                    return Err(WorkerStartError::State { act: "lock", path: path.into(), source: errno.into() });
+                    return Err(WorkerStartError::State {
+                        act: "lock",
+                        path: path.into(),
+                        source: errno.into(),
+                    });
                 }
             }
             std::thread::sleep(Duration::from_millis(50));
@@ -187,16 +191,25 @@ impl StateDir {
 
     fn subdirectory(&self, path: &Path) -> Result<(), WorkerStartError> {
         let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
-        made.map_err(|source| WorkerStartError::State { act: "make a directory in", path: path.into(), source })
+        made.map_err(|source| WorkerStartError::State {
+            act: "make a directory in",
+            path: path.into(),
+            source,
+        })
     }
 }
 
 impl Drop for StateDir {
     fn drop(&mut self) {
-        if self.lifetime == Lifetime::Ephemeral
-            && let Err(error) = std::fs::remove_dir_all(&self.path)
-        {
-            tracing::warn!(path = %self.path.display(), %error, "can't remove the state directory");
+        if self.lifetime != Lifetime::Ephemeral {
+            return;
+        }
+        // Where there was a spawner, it has removed it already.
+        match std::fs::remove_dir_all(&self.path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(path = %self.path.display(), %error, "can't remove the state directory");
+            }
+            _ => {}
         }
     }
 }

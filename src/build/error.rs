@@ -10,6 +10,7 @@ use std::time::Duration;
 use cofferdam_sandbox::SetupFailure;
 use nix::sys::signal::Signal;
 
+use super::logs::LogError;
 use super::request::{InvalidRequest, SandboxPath};
 use crate::castore::closure::Missing;
 use crate::castore::ingest::TreeFault;
@@ -36,6 +37,15 @@ pub enum Fault {
     /// The client has gone, or took the request back.
     #[error("the build was cancelled")]
     Cancelled,
+}
+
+impl From<LogError> for Fault {
+    fn from(error: LogError) -> Self {
+        match error {
+            LogError::Closed => Self::Cancelled,
+            LogError::Read { .. } => WorkerError::new(WorkerPart::Log, error).into(),
+        }
+    }
 }
 
 /// What this worker doesn't offer; another might.
@@ -319,16 +329,8 @@ mod tests {
         let fault = TreeFault::Unsupported { path: "./s".into(), kind: FileKind::Socket };
         let cases = [
             (Cause::Exited { code: 3 }, "the command exited with code 3", Some(3)),
-            (
-                Cause::Signalled { signal: 11 },
-                "the command was ended by signal 11 (SIGSEGV)",
-                Some(139),
-            ),
-            (
-                Cause::Signalled { signal: 40 },
-                "the command was ended by signal 40",
-                Some(168),
-            ),
+            (Cause::Signalled { signal: 11 }, "the command was ended by signal 11 (SIGSEGV)", Some(139)),
+            (Cause::Signalled { signal: 40 }, "the command was ended by signal 40", Some(168)),
             (
                 not_executable(libc::ENOENT),
                 "can't execute \"/bin/x\": No such file or directory (os error 2); neither the program",
@@ -371,8 +373,7 @@ mod tests {
     #[test]
     fn faults_have_words_and_a_channel() {
         let missing = |count| {
-            let one =
-                Missing { kind: ObjectKind::Blob, digest: Digest::of(b""), path: "nix/store/x".into() };
+            let one = Missing { kind: ObjectKind::Blob, digest: Digest::of(b""), path: "nix/store/x".into() };
             MissingInputs(vec![one; count])
         };
         let invalid = InvalidRequest { field: "outputs[0]".to_owned(), fault: PathFault::Empty.into() };

@@ -59,9 +59,10 @@ pub struct Builder(Arc<Means>);
 struct Means {
     settings: Settings,
     identity: Identity,
+    // Before the spawner, which waits for its sandboxes: they may be waiting for the view.
+    view: View,
     spawner: Spawner,
     store: Store,
-    view: View,
     closure: Closure,
     scratch: ScratchRoot,
     slots: Slots,
@@ -184,7 +185,10 @@ impl Means {
                 let path = request.inputs_dir.join(name).unwrap_or_else(|_| SandboxPath::root());
                 (path.to_string(), node)
             });
-            means.closure.missing(&means.store, roots).map_err(|error| WorkerError::new(WorkerPart::Store, error))
+            means
+                .closure
+                .missing(&means.store, roots)
+                .map_err(|error| WorkerError::new(WorkerPart::Store, error))
         });
         let missing = missing.await??;
         if missing.is_empty() { Ok(()) } else { Err(MissingInputs(missing).into()) }
@@ -327,7 +331,7 @@ impl Running {
     /// Sends on what the build writes, until every process of it is dead and every byte was sent.
     async fn follow(
         &self,
-        running: &sandbox::Running,
+        running: &mut sandbox::Running,
         pipes: sandbox::Pipes,
         exposed: Option<&Exposed>,
     ) -> Result<Report, Fault> {
@@ -369,7 +373,8 @@ impl Running {
     ) -> Result<Vec<Output>, Stop> {
         let patterns = Patterns::new(&self.request.needles)
             .map_err(|error| WorkerError::new(WorkerPart::Program, error))?;
-        let (means, request, cancel) = (Arc::clone(&self.means), Arc::clone(&self.request), Arc::clone(cancel));
+        let (means, request, cancel) =
+            (Arc::clone(&self.means), Arc::clone(&self.request), Arc::clone(cancel));
         let events = self.events.clone();
         let taken = blocking(move || {
             let (request, patterns, places) = (&*request, &patterns, places.as_slice());

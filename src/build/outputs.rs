@@ -92,8 +92,7 @@ impl Intake<'_> {
         let parent = self.scratch.parent_of(place)?.ok_or_else(missing)?;
         let name = place.file_name().ok_or_else(missing)?;
         let scanner = Scanner::new(self.patterns);
-        let ingest =
-            Ingest { store: self.store, scanner: Some(&scanner), skip: &[], cancel: self.cancel };
+        let ingest = Ingest { store: self.store, scanner: Some(&scanner), skip: &[], cancel: self.cancel };
         match ingest.at(std::os::fd::AsFd::as_fd(&parent), name) {
             Ok(node) => Ok(Output { node, needles: scanner.found() }),
             Err(IngestError::Tree(fault)) => {

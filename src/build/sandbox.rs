@@ -1,9 +1,9 @@
 //! The build's sandbox while it runs, and what its end means.
 
-use cofferdam_sandbox::{ExitStatus, Plan, Report, Sandbox, SetupFailure, SpawnError, Spawner, Stdio, Step};
+use cofferdam_sandbox::{ExitStatus, Plan, Report, SetupFailure, SpawnError, Spawner, Stdio, Step};
 use nix::errno::Errno;
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
 use tokio::net::unix::pipe::Receiver;
 
 use super::Stop;
@@ -12,7 +12,8 @@ use super::request::Request;
 
 /// A sandbox that was asked for. Dropping it kills everything inside.
 pub struct Running {
-    sandbox: AsyncFd<Sandbox>,
+    control: UnixStream,
+    said: Vec<u8>,
 }
 
 /// The reading ends of what a build writes.
@@ -33,15 +34,14 @@ impl Running {
             let io = |act| move |source| SpawnError::Io { act, source };
             let (stdout, stdout_writer) = std::io::pipe().map_err(io("make a pipe"))?;
             let (stderr, stderr_writer) = std::io::pipe().map_err(io("make a pipe"))?;
-            let receiver = |pipe: std::io::PipeReader| {
-                Receiver::from_owned_fd(pipe.into()).map_err(io("watch a pipe"))
-            };
+            let receiver =
+                |pipe: std::io::PipeReader| Receiver::from_owned_fd(pipe.into()).map_err(io("watch a pipe"));
             let pipes = Pipes { stdout: receiver(stdout)?, stderr: receiver(stderr)? };
             let stdio = Stdio { stdout: stdout_writer.into(), stderr: stderr_writer.into() };
-            let sandbox = spawner.spawn(plan, stdio)?;
-            let sandbox =
-                AsyncFd::with_interest(sandbox, Interest::READABLE).map_err(io("watch the sandbox"))?;
-            Ok((Self { sandbox }, pipes))
+            let control = std::os::unix::net::UnixStream::from(spawner.spawn(plan, stdio)?);
+            control.set_nonblocking(true).map_err(io("watch the sandbox"))?;
+            let control = UnixStream::from_std(control).map_err(io("watch the sandbox"))?;
+            Ok((Self { control, said: Vec::new() }, pipes))
         };
         start().map_err(|error| WorkerError::new(WorkerPart::Sandbox, error))
     }
@@ -50,29 +50,24 @@ impl Running {
     ///
     /// # Errors
     /// Where the spawner is gone.
-    pub async fn report(&self) -> Result<Report, WorkerError> {
-        self.next_report().await.map_err(|error| WorkerError::new(WorkerPart::Sandbox, error))
-    }
-
-    async fn next_report(&self) -> Result<Report, SpawnError> {
-        loop {
-            let mut ready = self
-                .sandbox
-                .readable()
-                .await
-                .map_err(|source| SpawnError::Io { act: "watch the sandbox", source })?;
-            if let Some(report) = self.sandbox.get_ref().try_report()? {
-                return Ok(report);
+    ///
+    /// # Cancel safety
+    /// What was heard so far is kept for the next call.
+    pub async fn report(&mut self) -> Result<Report, WorkerError> {
+        while self.said.len() < Report::MAX_BYTES {
+            match self.control.read_buf(&mut self.said).await {
+                Ok(0) | Err(_) => break,
+                Ok(_) => {}
             }
-            ready.clear_ready();
         }
+        Report::from_bytes(&self.said).map_err(|error| WorkerError::new(WorkerPart::Sandbox, error))
     }
 
     /// Kills whatever lives and waits until it is dead.
-    pub async fn end(self) {
-        self.sandbox.get_ref().kill();
-        // An error means that the sandbox, or all of them, ended before.
-        let _ = self.next_report().await;
+    pub async fn end(mut self) {
+        // Errors mean that the sandbox, or all of them, ended before.
+        let _ = self.control.shutdown().await;
+        let _ = self.report().await;
     }
 }
 

@@ -52,9 +52,9 @@ impl Stream for Events {
     type Item = Result<wire::BuildEvent, Status>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.build.poll_next(context).map(|next| {
-            next.map(|item| item.map(wire::BuildEvent::from).map_err(|fault| status(&fault)))
-        })
+        self.build
+            .poll_next(context)
+            .map(|next| next.map(|item| item.map(wire::BuildEvent::from).map_err(|fault| status(&fault))))
     }
 }
 

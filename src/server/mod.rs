@@ -75,7 +75,8 @@ impl Services {
         };
         match listener {
             Listener::Unix(listener, file) => Box::pin(async move {
-                let served = server.serve_with_incoming_shutdown(UnixListenerStream::new(listener), stopped).await;
+                let served =
+                    server.serve_with_incoming_shutdown(UnixListenerStream::new(listener), stopped).await;
                 drop(file);
                 served
             }),
@@ -87,10 +88,7 @@ impl Services {
 
     /// Tells whoever asks for health that this daemon takes no more work.
     pub async fn stop_serving(&self) {
-        let services = [
-            "",
-            service_name(&build_service::server(None)),
-        ];
+        let services = ["", service_name(&build_service::server(None))];
         for name in services {
             self.health.set_service_status(name, tonic_health::ServingStatus::NotServing).await;
         }
