@@ -24,7 +24,8 @@ fn main() -> ExitCode {
         a_stream_that_is_dropped_ends_the_build,
         a_dropped_build_leaves_the_others_alone,
         kill_leaves_nothing,
-        terminate_leaves_nothing,
+        a_second_terminate_leaves_nothing,
+        terminate_lets_builds_end,
         the_view_is_nowhere_on_the_host,
         builds_wait_for_a_slot,
         build_command,
@@ -158,13 +159,17 @@ fn a_dropped_build_leaves_the_others_alone(case: &Case) {
 }
 
 /// Ends a daemon while a build of it sleeps, and counts what is left.
-fn ends_with(case: &Case, signal: Signal) {
+fn ends_with(case: &Case, signals: &[Signal], exit_code: Option<i32>) {
     let before = mounts("self");
     let mut daemon = Daemon::start(case, &[]);
     let marker = marker();
     client(async {
         let mut stream = sleeping(&daemon, &marker).await;
-        daemon.signal(signal);
+        for signal in signals {
+            daemon.signal(*signal);
+            // Two of one kind that come at once are one.
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
         let end = stream.message().await;
         assert!(end.is_err(), "a stream that was cut must not look like a build's end: {end:?}");
     });
@@ -173,7 +178,7 @@ fn ends_with(case: &Case, signal: Signal) {
     gone("a scratch directory", || daemon.scratch());
     assert_eq!(mounts("self"), before);
     let code = daemon.wait();
-    assert_eq!(code, (signal != Signal::SIGKILL).then_some(0));
+    assert_eq!(code, exit_code);
     // What was stored is still good.
     drop(daemon);
     let daemon = Daemon::start(case, &[]);
@@ -181,11 +186,34 @@ fn ends_with(case: &Case, signal: Signal) {
 }
 
 fn kill_leaves_nothing(case: &Case) {
-    ends_with(case, Signal::SIGKILL);
+    ends_with(case, &[Signal::SIGKILL], None);
 }
 
-fn terminate_leaves_nothing(case: &Case) {
-    ends_with(case, Signal::SIGTERM);
+fn a_second_terminate_leaves_nothing(case: &Case) {
+    ends_with(case, &[Signal::SIGTERM, Signal::SIGTERM], Some(0));
+}
+
+fn terminate_lets_builds_end(case: &Case) {
+    let mut daemon = Daemon::start(case, &[]);
+    client(async {
+        let mut stream =
+            connect(&daemon).await.do_build(request("echo ready; sleep 1; echo x > /outputs/x", &["x"])).await.unwrap().into_inner();
+        let started = stream.message().await.unwrap();
+        assert!(started.is_some());
+        // Opened before: the daemon takes no new connections once it stops.
+        let mut second = connect(&daemon).await;
+        daemon.signal(Signal::SIGTERM);
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let refused = second.do_build(request("true", &[])).await.unwrap_err();
+        assert_eq!(refused.code(), Code::Unavailable, "{refused}");
+        let mut events = Vec::new();
+        while let Some(event) = stream.message().await.unwrap() {
+            events.push(event);
+        }
+        assert_eq!(kinds(&events), ["log", "refscan", "completed"]);
+    });
+    assert_eq!(daemon.wait(), Some(0));
+    gone("a process of the daemon", || daemon.processes());
 }
 
 fn the_view_is_nowhere_on_the_host(case: &Case) {
@@ -359,7 +387,11 @@ fn build_command(case: &Case) {
 
 fn build_command_without_a_daemon(case: &Case) {
     let path = example(case);
-    finish(case.cofferdam(["build", &path])).code(0).says("Hello from a request.\n");
+    finish(case.cofferdam(["build", &path])).code(125).complains("--allow-host-path");
+    let allowed = host_tools().into_iter().flat_map(|path| ["--allow-host-path", path]);
+    let mut build = case.cofferdam(["build", &path]);
+    build.args(allowed);
+    finish(build).code(0).says("Hello from a request.\n");
     let table = [
         ("{", "line 1"),
         (r#"{"noSuchField": 1}"#, "noSuchField"),

@@ -69,7 +69,7 @@ pub enum Unsupported {
     },
     /// It doesn't let builds see this path of its own.
     #[error(
-        "constraints.available_ro_paths: this worker shows builds no \"{}\"; its operator can allow the path",
+        "constraints.available_ro_paths: this worker shows builds no \"{}\"; its operator can, with --allow-host-path",
         .path.display()
     )]
     HostPath {
@@ -77,10 +77,12 @@ pub enum Unsupported {
         path: PathBuf,
     },
     /// It has no shell to offer.
-    #[error("constraints.provide_bin_sh: this worker has no /bin/sh for builds; its operator can name one")]
+    #[error("constraints.provide_bin_sh: this worker has no /bin/sh for builds; its operator can name one with \
+             --sandbox-shell")]
     NoShell,
     /// It lets no build reach the network.
-    #[error("constraints.network_access: this worker gives builds no network; its operator can allow it")]
+    #[error("constraints.network_access: this worker gives builds no network; its operator can, with \
+             --allow-host-network")]
     NoNetwork,
     /// It can't isolate builds well enough, and so does none.
     #[error("this worker does no builds: {reason}")]

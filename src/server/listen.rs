@@ -74,7 +74,11 @@ impl Listener {
 
 async fn bind_unix(path: &Path) -> io::Result<Listener> {
     if let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) {
-        DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+        // That one, and no others: a missing parent is more likely a slip.
+        match DirBuilder::new().mode(0o700).create(dir) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
     }
     match bind_private(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
