@@ -5,7 +5,7 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
+use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -26,7 +26,8 @@ pub struct Mounted {
     at: PathBuf,
     notifier: Notifier,
     thread: Option<JoinHandle<()>>,
-    ended: mpsc::Receiver<()>,
+    /// Behind a lock only so that the view can be shared.
+    ended: Mutex<mpsc::Receiver<()>>,
 }
 
 impl Mounted {
@@ -75,7 +76,7 @@ impl Mounted {
             on_end(session.run());
             let _ = sender.send(());
         })?;
-        Ok(Self { at: at.to_owned(), notifier, thread: Some(thread), ended })
+        Ok(Self { at: at.to_owned(), notifier, thread: Some(thread), ended: Mutex::new(ended) })
     }
 
     /// What tells the kernel to drop what it remembers. Must not be used by a thread that serves
@@ -91,7 +92,8 @@ impl Drop for Mounted {
         if let Err(errno) = unmount(&self.at) {
             tracing::warn!(at = %self.at.display(), "can't unmount the view: {errno}");
         }
-        match self.ended.recv_timeout(END) {
+        let ended = self.ended.get_mut().unwrap_or_else(PoisonError::into_inner);
+        match ended.recv_timeout(END) {
             // Disconnected: the thread has panicked, which also is an end.
             Ok(()) | Err(mpsc::RecvTimeoutError::Disconnected) => {
                 let _ = self.thread.take().map(JoinHandle::join);
