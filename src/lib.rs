@@ -1,8 +1,14 @@
 //! Executes content-addressed build requests in Linux namespaces it makes itself.
+//!
+//! The `cofferdam` binary is [`cli::main`]. `ARCHITECTURE.md` in the repository shows how the modules hang together.
 
 pub mod address;
 pub mod build;
 pub mod castore;
+pub mod cli;
+pub mod config;
 pub mod refscan;
+pub mod remote;
 pub mod server;
 pub mod view;
+pub mod worker;

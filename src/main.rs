@@ -1,2 +1,7 @@
 //! Arguments, dispatch, exit code.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cofferdam::cli::main(std::env::args_os())
+}

@@ -11,8 +11,9 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -21,8 +22,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::CloneFlags;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, Shutdown, SockFlag, SockType, recv,
-    recvmsg, send, sendmsg, shutdown, socketpair,
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, send, sendmsg,
+    socketpair,
 };
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::{self, ForkResult, Pid};
@@ -32,13 +33,20 @@ use crate::plan::{Network, Plan};
 use crate::report::{Report, SetupFailure, Step};
 use crate::{scratch, sys};
 
-/// Longest report in bytes.
-const MAX_REPORT_BYTES: usize = 4096;
-
-/// The handle of the spawner process. Dropping it ends the spawner and every sandbox.
+/// The handle of the spawner process. Dropping it ends every sandbox and the spawner, in this order.
 #[derive(Debug)]
 pub struct Spawner {
-    socket: OwnedFd,
+    pid: Pid,
+    /// `None` only while it is being dropped.
+    socket: Option<OwnedFd>,
+}
+
+impl Drop for Spawner {
+    /// Waits until the spawner has killed and removed everything.
+    fn drop(&mut self) {
+        self.socket = None;
+        let _ = waitpid(self.pid, None);
+    }
 }
 
 /// Where a build's output goes.
@@ -92,7 +100,7 @@ impl Spawner {
         let (ours, theirs) = seqpacket().map_err(SpawnError::Start)?;
         // SAFETY: the program has one thread, as this function demands, so the child may go on as usual.
         match unsafe { unistd::fork() }.map_err(SpawnError::Start)? {
-            ForkResult::Parent { .. } => Ok(Self { socket: ours }),
+            ForkResult::Parent { child } => Ok(Self { pid: child, socket: Some(ours) }),
             ForkResult::Child => {
                 drop(ours);
                 let code = Server::new(theirs).serve(&leftovers);
@@ -113,10 +121,12 @@ impl Spawner {
             memfd_create(c"cofferdam-plan", MFdFlags::MFD_CLOEXEC).map_err(SpawnError::io("make a memfd"))?;
         let mut memfd = File::from(memfd);
         memfd.write_all(&bytes).map_err(|source| SpawnError::Io { act: "write the plan", source })?;
-        let (control, theirs) = seqpacket().map_err(SpawnError::io("make a socket"))?;
+        let (control, theirs) =
+            UnixStream::pair().map_err(|source| SpawnError::Io { act: "make a socket", source })?;
         let fds = [memfd.as_raw_fd(), stdio.stdout.as_raw_fd(), stdio.stderr.as_raw_fd(), theirs.as_raw_fd()];
+        let socket = self.socket.as_ref().ok_or(SpawnError::Gone)?;
         sendmsg::<()>(
-            self.socket.as_raw_fd(),
+            socket.as_raw_fd(),
             &[IoSlice::new(&[0])],
             &[ControlMessage::ScmRights(&fds)],
             MsgFlags::MSG_NOSIGNAL,
@@ -131,37 +141,34 @@ impl Spawner {
 }
 
 /// A sandbox, owned: dropping it kills everything inside.
+///
+/// It is a stream socket. Shutting down its writing side kills the sandbox; the bytes that come out of it up to its
+/// end, which comes once every process of the sandbox is dead, are for [`Report::from_bytes`]. Thus it fits
+/// whatever its owner waits with.
 #[derive(Debug)]
 pub struct Sandbox {
-    control: OwnedFd,
+    control: UnixStream,
 }
 
-impl Sandbox {
-    /// Kills everything inside. The [`Report`] still comes, once all of it is dead.
-    pub fn kill(&self) {
-        // The only error is that the other side is gone, and the sandbox with it.
-        let _ = shutdown(self.control.as_raw_fd(), Shutdown::Write);
+impl From<Sandbox> for UnixStream {
+    fn from(sandbox: Sandbox) -> Self {
+        sandbox.control
     }
+}
 
-    /// The report, if it is there: the descriptor ([`AsFd`]) polls readable when it is. It comes when every
-    /// process of the sandbox is dead.
+impl Report {
+    /// Longest report in bytes.
+    pub const MAX_BYTES: usize = 4096;
+
+    /// Reads what came out of a [`Sandbox`].
     ///
     /// # Errors
-    /// [`SpawnError::Gone`] where the spawner ended without a report.
-    pub fn try_report(&self) -> Result<Option<Report>, SpawnError> {
-        let mut buffer = [0; MAX_REPORT_BYTES];
-        match recv(self.control.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
-            Ok(0) | Err(Errno::ECONNRESET) => Err(SpawnError::Gone),
-            Ok(len) => postcard::from_bytes(&buffer[..len]).map(Some).map_err(|_| SpawnError::Report),
-            Err(Errno::EAGAIN | Errno::EINTR) => Ok(None),
-            Err(errno) => Err(SpawnError::io("hear from the spawner")(errno)),
+    /// [`SpawnError::Gone`] where nothing did: the spawner ended before the sandbox.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, SpawnError> {
+        match bytes {
+            [] => Err(SpawnError::Gone),
+            bytes => postcard::from_bytes(bytes).map_err(|_| SpawnError::Report),
         }
-    }
-}
-
-impl AsFd for Sandbox {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.control.as_fd()
     }
 }
 
@@ -179,8 +186,8 @@ struct Server {
 struct Running {
     pid: Pid,
     pidfd: OwnedFd,
-    /// The owner's socket; `None` once the owner has ended the sandbox and left.
-    control: OwnedFd,
+    /// The owner's socket.
+    control: UnixStream,
     /// Whether the owner is still to be listened to.
     owner: Owner,
     report: File,
@@ -294,12 +301,12 @@ impl Server {
                 Ok((pid, pidfd, report, go)) => self.sandboxes.push(Running {
                     pid,
                     pidfd,
-                    control,
+                    control: control.into(),
                     owner: Owner::Listening,
                     report,
                     _go: go,
                 }),
-                Err(failure) => tell(&control, &Report::NotSetUp(failure)),
+                Err(failure) => tell(&control.into(), &Report::NotSetUp(failure)),
             }
         }
         Ok(Turn::GoOn)
@@ -332,7 +339,7 @@ impl Running {
         let _ = waitpid(self.pid, Some(WaitPidFlag::empty()));
         let mut bytes = Vec::new();
         // No writer is left, so this ends.
-        let read = Read::by_ref(&mut self.report).take(MAX_REPORT_BYTES as u64).read_to_end(&mut bytes);
+        let read = Read::by_ref(&mut self.report).take(Report::MAX_BYTES as u64).read_to_end(&mut bytes);
         // The first record is the cause, what follows are its echoes.
         let report = match (read, postcard::take_from_bytes::<Report>(&bytes)) {
             (Ok(_), Ok((report, _))) => report,
@@ -342,9 +349,9 @@ impl Running {
     }
 }
 
-fn tell(control: &OwnedFd, report: &Report) {
+fn tell(control: &UnixStream, report: &Report) {
     if let Ok(bytes) = postcard::to_stdvec(report) {
-        // An owner that is gone does not want to know.
+        // An owner that is gone does not want to know. There is room: nothing else is ever sent.
         let _ = send(control.as_raw_fd(), &bytes, MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT);
     }
 }

@@ -7,10 +7,13 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use cofferdam_sandbox::SetupFailure;
 use nix::sys::signal::Signal;
 
+use super::logs::LogError;
 use super::request::{InvalidRequest, SandboxPath};
-use crate::castore::Digest;
+use crate::castore::closure::Missing;
+use crate::castore::ingest::TreeFault;
 use crate::castore::node::printable;
 
 /// Why a build got no terminal event: the request's fault, the worker's, or the client's wish.
@@ -34,6 +37,15 @@ pub enum Fault {
     /// The client has gone, or took the request back.
     #[error("the build was cancelled")]
     Cancelled,
+}
+
+impl From<LogError> for Fault {
+    fn from(error: LogError) -> Self {
+        match error {
+            LogError::Closed => Self::Cancelled,
+            LogError::Read { .. } => WorkerError::new(WorkerPart::Log, error).into(),
+        }
+    }
 }
 
 /// What this worker doesn't offer; another might.
@@ -80,40 +92,16 @@ pub enum Unsupported {
 
 /// Inputs that the store lacks; never empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MissingInputs(pub Vec<MissingInput>);
-
-/// Something that the store lacks, and the path that needs it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MissingInput {
-    /// What is lacking.
-    pub kind: InputKind,
-    /// Its digest.
-    pub digest: Digest,
-    /// Where it would appear in the sandbox.
-    pub path: SandboxPath,
-}
-
-/// What an input consists of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum InputKind {
-    /// The contents of a file.
-    Blob,
-    /// A directory.
-    Directory,
-}
+pub struct MissingInputs(pub Vec<Missing>);
 
 impl fmt::Display for MissingInputs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         /// A status must fit the headers of a response.
         const SHOWN: usize = 20;
         f.write_str("the store lacks inputs, upload them first:")?;
-        for (index, MissingInput { kind, digest, path }) in self.0.iter().take(SHOWN).enumerate() {
+        for (index, missing) in self.0.iter().take(SHOWN).enumerate() {
             let separator = if index == 0 { "" } else { "," };
-            let kind = match kind {
-                InputKind::Blob => "blob",
-                InputKind::Directory => "directory",
-            };
-            write!(f, "{separator} {kind} {digest} for \"{path}\"")?;
+            write!(f, "{separator} {missing}")?;
         }
         match self.0.len().saturating_sub(SHOWN) {
             0 => Ok(()),
@@ -246,12 +234,10 @@ pub enum Cause {
         code: i32,
     },
     /// A signal ended the command.
-    #[error("the command was ended by {}{}", SignalName(*signal), core.suffix())]
+    #[error("the command was ended by {}", SignalName(*signal))]
     Signalled {
         /// The signal's number.
         signal: i32,
-        /// Whether it left a memory image.
-        core: Core,
     },
     /// The kernel would not execute the program.
     #[error("can't execute \"{}\": {source}{}", printable(program), exec_hint(source))]
@@ -268,125 +254,16 @@ pub enum Cause {
         paths: Vec<SandboxPath>,
     },
     /// An output holds something that the castore has no form for.
-    #[error("\"{path}\" is {kind}; an output may hold files, directories and symbolic links only")]
+    #[error("output \"{output}\" can't be stored: {fault}")]
     UnstorableOutput {
-        /// Where it is.
-        path: SandboxPath,
-        /// What it is.
-        kind: FileKind,
+        /// The output.
+        output: SandboxPath,
+        /// What in it, and why.
+        fault: TreeFault,
     },
-    /// The build used more than it may.
-    #[error("the build was stopped: {limit}")]
-    Limit {
-        /// What it reached.
-        limit: Limit,
-        /// How the command ended, as a shell gives it, if it is known.
-        exit_code: Option<i32>,
-    },
-}
-
-/// Whether a process left a memory image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Core {
-    /// It did.
-    Dumped,
-    /// It did not.
-    None,
-}
-
-impl Core {
-    fn suffix(self) -> &'static str {
-        match self {
-            Self::Dumped => ", core dumped",
-            Self::None => "",
-        }
-    }
-}
-
-/// A file that can't be stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FileKind {
-    /// A named pipe.
-    Fifo,
-    /// A socket.
-    Socket,
-    /// A character device.
-    CharDevice,
-    /// A block device.
-    BlockDevice,
-    /// None of the kinds that Linux knows.
-    Unknown,
-}
-
-impl fmt::Display for FileKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Fifo => "a named pipe",
-            Self::Socket => "a socket",
-            Self::CharDevice => "a character device",
-            Self::BlockDevice => "a block device",
-            Self::Unknown => "a file of an unknown kind",
-        })
-    }
-}
-
-/// What a build may not exceed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Limit {
-    /// Memory.
-    #[error("it used more than the {bytes} bytes of memory it may")]
-    Memory {
-        /// Bytes it may use.
-        bytes: u64,
-    },
-    /// Processes and threads.
-    #[error("it ran more than the {count} processes it may")]
-    Processes {
-        /// How many it may run.
-        count: u64,
-    },
-    /// Time in all.
-    #[error("it ran longer than the {} s it may", time.as_secs_f64())]
-    Time {
-        /// How long it may run.
-        time: Duration,
-    },
-    /// Time without a word.
-    #[error("it said nothing for {} s, which is as long as it may", time.as_secs_f64())]
-    Silence {
-        /// How long it may be silent.
-        time: Duration,
-    },
-    /// Size of its log.
-    #[error("it wrote more than the {bytes} bytes of log it may")]
-    Log {
-        /// Bytes it may write.
-        bytes: u64,
-    },
-    /// Disk space of scratch paths.
-    #[error("it used more than the {bytes} bytes of disk it may")]
-    Disk {
-        /// Bytes it may use.
-        bytes: u64,
-    },
-    /// Size of its outputs.
-    #[error("its outputs have more than the {bytes} bytes they may")]
-    OutputBytes {
-        /// Bytes they may have.
-        bytes: u64,
-    },
-    /// Files, directories and links in its outputs.
-    #[error("its outputs have more than the {count} entries they may")]
-    OutputEntries {
-        /// How many they may have.
-        count: u64,
-    },
-    /// Directories in one another.
-    #[error("its outputs are nested more than the {count} directories deep they may be")]
-    OutputDepth {
-        /// How deep they may be.
-        count: u64,
-    },
+    /// Something that the request places in the sandbox has no place there.
+    #[error("the sandbox can't be laid out as requested: {0}")]
+    Layout(SetupFailure),
 }
 
 impl Cause {
@@ -397,8 +274,7 @@ impl Cause {
             Self::Signalled { signal, .. } => Some(128_i32.saturating_add(*signal)),
             Self::NotExecutable { source, .. } if source.kind() == io::ErrorKind::NotFound => Some(127),
             Self::NotExecutable { .. } => Some(126),
-            Self::MissingOutputs { .. } | Self::UnstorableOutput { .. } => None,
-            Self::Limit { exit_code, .. } => *exit_code,
+            Self::MissingOutputs { .. } | Self::UnstorableOutput { .. } | Self::Layout(_) => None,
         }
     }
 }
@@ -437,6 +313,8 @@ fn quoted(paths: &[SandboxPath]) -> String {
 mod tests {
     use super::*;
     use crate::build::request::PathFault;
+    use crate::castore::closure::ObjectKind;
+    use crate::castore::{Digest, ingest::FileKind};
 
     fn path(text: &str) -> SandboxPath {
         text.parse().unwrap()
@@ -448,19 +326,11 @@ mod tests {
 
     #[test]
     fn failures_have_words_and_a_shells_code() {
-        let limit = Limit::Time { time: Duration::from_millis(1500) };
+        let fault = TreeFault::Unsupported { path: "./s".into(), kind: FileKind::Socket };
         let cases = [
             (Cause::Exited { code: 3 }, "the command exited with code 3", Some(3)),
-            (
-                Cause::Signalled { signal: 11, core: Core::Dumped },
-                "the command was ended by signal 11 (SIGSEGV), core dumped",
-                Some(139),
-            ),
-            (
-                Cause::Signalled { signal: 40, core: Core::None },
-                "the command was ended by signal 40",
-                Some(168),
-            ),
+            (Cause::Signalled { signal: 11 }, "the command was ended by signal 11 (SIGSEGV)", Some(139)),
+            (Cause::Signalled { signal: 40 }, "the command was ended by signal 40", Some(168)),
             (
                 not_executable(libc::ENOENT),
                 "can't execute \"/bin/x\": No such file or directory (os error 2); neither the program",
@@ -487,14 +357,10 @@ mod tests {
                 None,
             ),
             (
-                Cause::UnstorableOutput { path: path("out/s"), kind: FileKind::Socket },
-                "\"out/s\" is a socket; an output may hold files, directories and symbolic links only",
+                Cause::UnstorableOutput { output: path("out"), fault },
+                "output \"out\" can't be stored: ./s is a socket; only files, directories and symbolic links can be \
+                 stored",
                 None,
-            ),
-            (
-                Cause::Limit { limit, exit_code: Some(137) },
-                "the build was stopped: it ran longer than the 1.5 s it may",
-                Some(137),
             ),
         ];
         for (cause, message, exit_code) in cases {
@@ -507,8 +373,7 @@ mod tests {
     #[test]
     fn faults_have_words_and_a_channel() {
         let missing = |count| {
-            let one =
-                MissingInput { kind: InputKind::Blob, digest: Digest::of(b""), path: path("nix/store/x") };
+            let one = Missing { kind: ObjectKind::Blob, digest: Digest::of(b""), path: "nix/store/x".into() };
             MissingInputs(vec![one; count])
         };
         let invalid = InvalidRequest { field: "outputs[0]".to_owned(), fault: PathFault::Empty.into() };
@@ -527,7 +392,7 @@ mod tests {
             (
                 missing(1).into(),
                 "the store lacks inputs, upload them first: blob af1349b9f5f9a1a6a0404dea36dcc949\
-                 9bcb25c9adc112b7cc9a93cae41f3262 for \"nix/store/x\"",
+                 9bcb25c9adc112b7cc9a93cae41f3262 (needed for nix/store/x)",
                 FaultKind::Precondition,
             ),
             (missing(22).into(), ", and 2 more", FaultKind::Precondition),

@@ -46,17 +46,18 @@ impl From<ScratchError> for IntakeError {
 }
 
 impl Intake<'_> {
-    /// Takes in all outputs, in the order of the request, and calls `each` as soon as one is done.
+    /// Takes in all outputs, in the order of the request, and calls `each` with the index of an output and the
+    /// needles found in it as soon as it is done.
     ///
     /// # Errors
     /// [`IntakeError::Build`] names all outputs that are missing, before anything is read, or the first thing
     /// that can't be stored.
-    pub fn run(&self, mut each: impl FnMut(usize, &Output)) -> Result<Vec<Output>, IntakeError> {
+    pub fn run(&self, mut each: impl FnMut(u32, &[u64])) -> Result<Vec<Output>, IntakeError> {
         self.find_missing()?;
         let mut outputs = Vec::with_capacity(self.places.len());
-        for (index, (path, place)) in self.request.outputs.iter().zip(self.places).enumerate() {
+        for (index, (path, place)) in (0..).zip(self.request.outputs.iter().zip(self.places)) {
             let output = self.take(path, place)?;
-            each(index, &output);
+            each(index, &output.needles);
             outputs.push(output);
         }
         Ok(outputs)
@@ -91,8 +92,7 @@ impl Intake<'_> {
         let parent = self.scratch.parent_of(place)?.ok_or_else(missing)?;
         let name = place.file_name().ok_or_else(missing)?;
         let scanner = Scanner::new(self.patterns);
-        let ingest =
-            Ingest { store: self.store, scanner: Some(&scanner), skip: &[], cancel: self.cancel };
+        let ingest = Ingest { store: self.store, scanner: Some(&scanner), skip: &[], cancel: self.cancel };
         match ingest.at(std::os::fd::AsFd::as_fd(&parent), name) {
             Ok(node) => Ok(Output { node, needles: scanner.found() }),
             Err(IngestError::Tree(fault)) => {

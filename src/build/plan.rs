@@ -168,7 +168,8 @@ impl<'a> Scratches<'a> {
         let inputs_dir = &request.inputs_dir;
         let stands_alone = |path: &&SandboxPath| {
             let around = |other: &&SandboxPath| other != path && path.starts_with(other);
-            let outer = request.scratch_paths.iter().filter(around).max_by_key(|outer| outer.as_bytes().len());
+            let outer =
+                request.scratch_paths.iter().filter(around).max_by_key(|outer| outer.as_bytes().len());
             outer.is_none_or(|outer| {
                 // The inputs would cover the way from the one to the other.
                 has_inputs && path.starts_with(inputs_dir) && !outer.starts_with(inputs_dir)
@@ -237,13 +238,19 @@ impl Draft {
             Network::None => files.push(("hosts", HOSTS.as_bytes())),
             Network::Required => {
                 files.push(("nsswitch.conf", NSSWITCH.as_bytes()));
-                files.extend(site.network_files.iter().map(|(name, contents)| (name.as_str(), contents.as_slice())));
+                files.extend(
+                    site.network_files.iter().map(|(name, contents)| (name.as_str(), contents.as_slice())),
+                );
             }
         }
         for (name, contents) in files {
             let path = format!("etc/{name}");
             if !request.additional_files.contains_key(path.as_bytes()) {
-                self.entries.push(Entry::File { path: path.into(), mode: 0o444, contents: contents.to_vec() });
+                self.entries.push(Entry::File {
+                    path: path.into(),
+                    mode: 0o444,
+                    contents: contents.to_vec(),
+                });
             }
         }
         self.entries.push(Entry::Directory { path: "etc".into(), mode: 0o555 });
@@ -322,7 +329,8 @@ impl Draft {
                     self.on_disk.push(OnDisk::File { path: place(number, &rest), contents });
                 }
                 (None, Some(rest)) if !dir.is_root() && !request.inputs.is_empty() => {
-                    self.on_disk.push(OnDisk::File { path: Path::new("inputs").join(to_path(&rest)), contents });
+                    self.on_disk
+                        .push(OnDisk::File { path: Path::new("inputs").join(to_path(&rest)), contents });
                 }
                 _ => self.entries.push(Entry::File { path: to_path(path), mode: 0o444, contents }),
             }

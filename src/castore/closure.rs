@@ -15,6 +15,9 @@ mod tests;
 /// At most this many missing objects are told of at once.
 pub const MAX_MISSING: usize = 100;
 
+/// Longer paths are cut off here: a store may hold trees deeper than any path that Linux takes.
+const SHOWN_PATH_BYTES: usize = 4096;
+
 /// How many complete directories are remembered, 100 bytes each.
 const REMEMBERED_DIRECTORIES: usize = 128 * 1024;
 
@@ -29,7 +32,8 @@ pub struct Closure {
 /// Something that is not in the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Missing {
-    /// What needs it, escaped: the first place where it was come upon.
+    /// What needs it, escaped: the first place where it was come upon. Beyond 4 KiB it is cut off, and ends
+    /// in `/...`.
     pub path: String,
     /// What it is.
     pub kind: ObjectKind,
@@ -87,8 +91,8 @@ impl Closure {
 struct Search<'a> {
     store: &'a Store,
     remembered: &'a Memo<()>,
-    /// What was looked at so far, and whether it is complete. An empty directory and an empty blob have the same
-    /// digest, so the two are kept apart.
+    /// What was looked at so far, and whether it is complete. An empty directory and an empty blob have
+    /// the same digest, so the two are kept apart.
     directories: HashMap<Digest, bool>,
     blobs: HashMap<Digest, bool>,
     missing: Vec<Missing>,
@@ -147,8 +151,7 @@ impl Search<'_> {
                 return Some(digest);
             }
             let Open { digest, complete, .. } = above.pop()?;
-            // A search that ended early may have passed over something.
-            if complete && !self.full() {
+            if complete {
                 self.remembered.insert(digest, (), 1);
             }
             self.directories.insert(digest, complete);
@@ -212,6 +215,10 @@ fn path(root: &str, above: &[Open], name: Option<&Name>) -> String {
     let mut path = root.to_owned();
     for name in above.iter().filter_map(|open| open.current.as_ref()).chain(name) {
         path.push('/');
+        if path.len() > SHOWN_PATH_BYTES {
+            path.push_str("...");
+            break;
+        }
         path.push_str(&printable(name.as_bytes()));
     }
     path

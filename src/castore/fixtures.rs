@@ -170,7 +170,8 @@ pub(super) fn sketch() -> impl Strategy<Value = Sketch> {
     ];
     let target = prop::collection::vec(1..=255u8, 1..30);
     let leaf = prop_oneof![
-        2 => (contents, any::<bool>()).prop_map(|(contents, executable)| Sketch::File { contents, executable }),
+        2 => (contents, any::<bool>())
+            .prop_map(|(contents, executable)| Sketch::File { contents, executable }),
         1 => target.prop_map(Sketch::Symlink),
     ];
     leaf.prop_recursive(5, 40, 6, move |inner| {

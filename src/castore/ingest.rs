@@ -50,8 +50,8 @@ pub struct Ingest<'a> {
 }
 
 impl Ingest<'_> {
-    /// Takes in what lies at `path`. Where that is a symbolic link, the link itself is taken, not what it points
-    /// to; those on the way to it are followed.
+    /// Takes in what lies at `path`. Where that is a symbolic link, the link itself is taken, not what it
+    /// points to; those on the way to it are followed.
     ///
     /// Blobs that were stored before a failure remain; directories come into the store with the root or not
     /// at all.
@@ -176,8 +176,8 @@ impl<'a> Walk<'a> {
         Node::Directory { digest, size }
     }
 
-    /// Takes in one entry, or opens it where it is a directory. `hint` saves a look where the directory said what
-    /// the entry is.
+    /// Takes in one entry, or opens it where it is a directory. `hint` saves a look where the directory said
+    /// what the entry is.
     fn entry(&mut self, dir: BorrowedFd<'_>, name: &OsStr, hint: Option<Type>) -> Result<Found, IngestError> {
         self.check_cancelled()?;
         match hint {

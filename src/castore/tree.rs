@@ -33,8 +33,8 @@ const BUFFER_BYTES: usize = 256 * 1024;
 ///
 /// # Errors
 /// [`ExportError::Missing`], [`ExportError::Contents`] and [`ExportError::Size`] where the store doesn't
-/// hold what the tree says, [`ExportError::Io`] where it can't be written; among these is `EEXIST` for a `name`
-/// that is taken.
+/// hold what the tree says, [`ExportError::Io`] where it can't be written; among these is `EEXIST` for a
+/// `name` that is taken.
 pub fn export(store: &Store, node: &Node, dir: BorrowedFd<'_>, name: &OsStr) -> Result<(), ExportError> {
     let name = Name::new(name.as_bytes()).map_err(|source| ExportError::Name { source })?;
     let mut export = Export { store, buffer: vec![0; BUFFER_BYTES], path: Vec::new(), made: false };
@@ -56,7 +56,8 @@ struct Export<'a> {
     made: bool,
 }
 
-/// A directory that was made: its files are there, these directories are not yet. The last one is being worked on.
+/// A directory that was made: its files are there, these directories are not yet. The last one is being
+/// worked on.
 struct Made {
     fd: OwnedFd,
     left: Vec<(Name, Digest)>,

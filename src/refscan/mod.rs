@@ -27,8 +27,8 @@
 //! ```
 //!
 //! # Cost
-//! One step of an automaton a byte, whatever the needles and whatever the data. Once every needle was found, one
-//! comparison a chunk. Without needles, nothing.
+//! One step of an automaton a byte, whatever the needles and whatever the data. Once every needle was
+//! found, one comparison a chunk. Without needles, nothing.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -130,8 +130,8 @@ impl Scanner {
         self.stream().feed(whole);
     }
 
-    /// The indices of all needles found so far, ascending. What other threads are feeding meanwhile may or may
-    /// not be among it.
+    /// The indices of all needles found so far, ascending. What other threads are feeding meanwhile may or
+    /// may not be among it.
     pub fn found(&self) -> Vec<u64> {
         let indices = self.patterns.0.indices.iter().enumerate();
         let mut found: Vec<u64> = indices

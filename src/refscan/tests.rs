@@ -1,4 +1,5 @@
 use proptest::prelude::*;
+use proptest::sample::Index;
 
 use super::engine::Engine;
 use super::*;
@@ -146,7 +147,7 @@ proptest! {
     fn finds_what_the_naive_scan_finds(
         mut needles in prop::collection::vec(bytes(9), 0..40),
         streams in prop::collection::vec(bytes(200), 0..4),
-        excerpts in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), 1usize..40), 0..8),
+        excerpts in prop::collection::vec((any::<Index>(), any::<Index>(), 1usize..40), 0..8),
         cuts in prop::collection::vec(1usize..20, 1..6),
     ) {
         for (stream, start, len) in excerpts {

@@ -73,6 +73,9 @@ fn with_constraints(request: &mut BuildRequest) -> &mut BuildConstraints {
 /// What is done to the base.
 type Edit = fn(&mut BuildRequest);
 
+/// What is done to the base once it is a draft.
+type DraftEdit = fn(&mut Draft);
+
 /// Every refusal: what is done to the base, and the whole message.
 #[rustfmt::skip]
 const REFUSALS: &[(Edit, &str)] = &[
@@ -352,19 +355,18 @@ fn the_longest_scratch_path_owns_an_output() {
 /// What only callers in this process can get wrong.
 #[test]
 fn drafts_are_checked_as_the_wire_is() {
-    let root = SandboxPath::root;
-    let cases: [(fn(&mut Draft, SandboxPath), &str); 4] = [
-        (|d, root| d.working_dir = root, "working_dir: the path is empty"),
-        (|d, root| d.outputs.push(root), "outputs[2]: the path is empty"),
-        (|d, root| d.scratch_paths = BTreeSet::from([root]), "scratch_paths[0]: the path is empty"),
+    let cases: [(DraftEdit, &str); 4] = [
+        (|d| d.working_dir = SandboxPath::root(), "working_dir: the path is empty"),
+        (|d| d.outputs.push(SandboxPath::root()), "outputs[2]: the path is empty"),
+        (|d| d.scratch_paths = BTreeSet::from([SandboxPath::root()]), "scratch_paths[0]: the path is empty"),
         (
-            |d, root| d.additional_files = BTreeMap::from([(root, Vec::new())]),
+            |d| d.additional_files = BTreeMap::from([(SandboxPath::root(), Vec::new())]),
             "additional_files[0].path: the path is empty",
         ),
     ];
     for (edit, message) in cases {
         let mut draft = Request::try_from(base()).unwrap().into_draft();
-        edit(&mut draft, root());
+        edit(&mut draft);
         assert_eq!(Request::new(draft).unwrap_err().to_string(), message);
     }
 }
@@ -375,7 +377,7 @@ fn what_the_wire_has_no_form_for_is_named() {
     use std::ffi::OsString;
     use std::os::unix::ffi::OsStringExt;
 
-    let cases: [(fn(&mut Draft), &str); 6] = [
+    let cases: [(DraftEdit, &str); 6] = [
         (|d| d.command.push(b"\xff".to_vec()), "command_args[3]"),
         (|d| d.needles.push(b"\xff".to_vec()), "refscan_needles[2]"),
         (|d| d.working_dir = SandboxPath::new(b"\xff").unwrap(), "working_dir"),

@@ -170,6 +170,21 @@ fn links_are_taken_not_followed() {
 }
 
 #[test]
+fn a_file_that_became_a_link_is_not_followed() {
+    let (dir, store) = store();
+    symlink("/etc", dir.path().join("link")).unwrap();
+    let cancel = AtomicBool::new(false);
+    let ingest = Ingest { store: &store, scanner: None, skip: &[], cancel: &cancel };
+    for hint in [Type::File, Type::Directory] {
+        let lied = with_dir(dir.path(), |dir| {
+            Walk::new(&ingest).entry(dir, OsStr::new("link"), Some(hint)).map(drop)
+        });
+        let Err(IngestError::Io { act: "open", source, .. }) = lied else { panic!("{lied:?}") };
+        assert_eq!(source.raw_os_error(), Some(libc::ELOOP));
+    }
+}
+
+#[test]
 fn skipped_names_are_left_out_at_the_top_only() {
     let (dir, store) = store();
     let skipped = || ("skipped", Sketch::file("x"));

@@ -79,10 +79,8 @@ fn nothing_is_overwritten_or_followed() {
         before.write(&path);
         for node in &nodes {
             let refused = export_to(&store, node, &path);
-            assert!(
-                matches!(&refused, Err(ExportError::Io { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists),
-                "{refused:?}"
-            );
+            let Err(ExportError::Io { act: "create", source, .. }) = refused else { panic!("{refused:?}") };
+            assert_eq!(source.kind(), io::ErrorKind::AlreadyExists);
             assert_eq!(ingest(&store, &path).unwrap(), before.node(&mut Vec::new()));
         }
     }

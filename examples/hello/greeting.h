@@ -1,0 +1,3 @@
+#ifndef GREETING
+#define GREETING "Hello from inside the cofferdam."
+#endif

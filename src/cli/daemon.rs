@@ -1,0 +1,126 @@
+//! `cofferdam daemon`: builds and the store, served over gRPC.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use super::{Failed, StateArgs, path_parser, runtime};
+use crate::address::Address;
+use crate::build::Builder;
+use crate::castore::{LocalStore, Store};
+use crate::config::{self, Lifetime, NetworkPolicy, Settings};
+use crate::server::Services;
+use crate::server::listen::Listener;
+use crate::worker::{Groundwork, StateDir};
+
+/// Arguments of `cofferdam daemon`.
+#[derive(Debug, Args)]
+pub struct DaemonArgs {
+    /// Listen at ADDR: unix:PATH or HOST:PORT; may be repeated [default:
+    /// unix:$XDG_RUNTIME_DIR/cofferdam.sock, or unix:/run/cofferdam/cofferdam.sock]
+    #[arg(long, value_name = "ADDR")]
+    listen: Vec<Address>,
+    #[command(flatten)]
+    state: StateArgs,
+    /// Run up to N builds at once [default: one per processor]
+    #[arg(long, value_name = "N")]
+    max_builds: Option<NonZeroUsize>,
+    /// Let up to N more builds wait for their turn, and refuse those beyond
+    #[arg(long, value_name = "N", default_value_t = config::MAX_WAITING)]
+    max_waiting: usize,
+    /// Let builds that ask for it see PATH of this host, and all beneath it, read-only; may be repeated
+    #[arg(long, value_name = "PATH", value_parser = path_parser())]
+    allow_host_path: Vec<PathBuf>,
+    /// Let builds that ask for network share the host's, with all that it reaches
+    #[arg(long)]
+    allow_host_network: bool,
+    /// Give builds that ask for a shell this statically linked program as /bin/sh
+    #[arg(long, value_name = "PATH", value_parser = path_parser())]
+    sandbox_shell: Option<PathBuf>,
+    /// Listen on TCP although everyone who reaches the port can then read the store and run builds
+    #[arg(long)]
+    insecure: bool,
+    /// Serve the store alone and refuse all builds
+    #[arg(long)]
+    no_builds: bool,
+}
+
+/// Serves until told to stop.
+///
+/// # Errors
+/// Where the daemon can't start, or its sockets fail.
+pub fn run(mut args: DaemonArgs) -> Result<u8, Failed> {
+    super::start_logging("info");
+    if args.listen.is_empty() {
+        args.listen.push(Address::Unix(config::default_socket()));
+    }
+    if let Some(tcp) = args.listen.iter().find(|address| matches!(address, Address::Tcp { .. }))
+        && !args.insecure
+    {
+        return Err(Failed(format!(
+            "without authentication everyone who reaches {tcp} could run builds; --insecure allows that"
+        )));
+    }
+    let mut settings = Settings::new(args.state.resolve()?, Lifetime::Lasting);
+    settings.max_builds = args.max_builds.unwrap_or(settings.max_builds);
+    settings.max_waiting = args.max_waiting;
+    settings.allowed_host_paths = args.allow_host_path;
+    settings.shell = args.sandbox_shell;
+    if args.allow_host_network {
+        settings.network = NetworkPolicy::Host;
+    }
+
+    if args.no_builds {
+        let state = StateDir::take(&settings.state_dir, settings.lifetime)?;
+        let store = LocalStore::open(&state.store())?.store();
+        return runtime()?.block_on(serve(&args.listen, store, None));
+    }
+    let ground = Groundwork::lay(settings)?;
+    let runtime = runtime()?;
+    let worker = ground.build()?;
+    runtime.block_on(serve(&args.listen, worker.store.clone(), Some(worker.builder.clone())))
+}
+
+/// Serves until SIGTERM or SIGINT, then until running builds have ended or a second one comes.
+async fn serve(addresses: &[Address], store: Store, builder: Option<Builder>) -> Result<u8, Failed> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let services = Services::new(store, builder.clone()).await?;
+    let (stop, stopped) = watch::channel(false);
+    let mut servers = JoinSet::new();
+    for address in addresses {
+        let listener = Listener::bind(address).await?;
+        let bound = listener.address().unwrap_or_else(|_| address.clone());
+        servers.spawn(services.serve(listener, stopped.clone()));
+        eprintln!("listening on {bound}");
+    }
+    tokio::select! {
+        Some(ended) = servers.join_next() => {
+            return Err(Failed(match ended {
+                Ok(Err(error)) => format!("a server failed: {error}"),
+                Ok(Ok(())) | Err(_) => "a server ended early".into(),
+            }));
+        }
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("stopping: running builds go on to their end; a second signal ends them");
+    services.stop_serving().await;
+    let drained = async {
+        if let Some(builder) = &builder {
+            builder.drain().await;
+        }
+        // Only now: the streams of the builds go over these servers.
+        let _ = stop.send(true);
+        while servers.join_next().await.is_some() {}
+    };
+    tokio::select! {
+        () = drained => {}
+        _ = terminate.recv() => tracing::info!("stopped: running builds were ended"),
+        _ = interrupt.recv() => tracing::info!("stopped: running builds were ended"),
+    }
+    Ok(0)
+}

@@ -1,0 +1,215 @@
+//! A worker, put together: namespaces, spawner, store, view, and the builder over them.
+//!
+//! It takes two steps. [`Groundwork::lay`] does what must be done while the program has one thread;
+//! [`Groundwork::build`] may then start as many as it likes.
+
+use std::fs::{DirBuilder, File};
+use std::io;
+use std::num::NonZeroUsize;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use cofferdam_sandbox::ids::{EnterError, Entered};
+use cofferdam_sandbox::{Identity, SpawnError, Spawner};
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+use crate::build::{Builder, ScratchError};
+use crate::castore::{LocalStore, Store, StoreError};
+use crate::config::{Lifetime, Settings};
+use crate::view::{Owner, View, ViewError};
+
+/// How long to wait for a worker that has ended, but whose sandboxes are still being removed.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How many requests to the view are answered at a time, for each processor.
+const VIEW_THREADS_PER_CPU: usize = 2;
+
+/// What a worker stands on, made before the program has threads.
+pub struct Groundwork {
+    settings: Settings,
+    identity: Identity,
+    spawner: Spawner,
+    state: StateDir,
+}
+
+/// A worker: what the daemon serves, and what one-shot builds use in-process.
+pub struct Worker {
+    /// Where inputs come from and outputs go.
+    pub store: Store,
+    /// Carries out builds.
+    pub builder: Builder,
+    // Last: while anything of the worker lives, the state directory is its own.
+    _state: StateDir,
+}
+
+/// Why there is no worker.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerStartError {
+    /// The state directory can't be used.
+    #[error("can't {act} the state directory {path}: {source}")]
+    State {
+        /// What was tried, as a verb.
+        act: &'static str,
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Another worker uses the state directory.
+    #[error("the state directory {path} is in use by another cofferdam; choose another with --state-dir")]
+    InUse {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// There are no namespaces to be had.
+    #[error(transparent)]
+    Enter(#[from] EnterError),
+    /// There is no spawner.
+    #[error(transparent)]
+    Spawner(#[from] SpawnError),
+    /// There is no store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// There is no view.
+    #[error(transparent)]
+    View(#[from] ViewError),
+    /// There is no scratch space.
+    #[error(transparent)]
+    Scratch(#[from] ScratchError),
+}
+
+impl Groundwork {
+    /// Takes the state directory, moves the program into namespaces of its own, and forks the spawner.
+    ///
+    /// Call this first, while the program has one thread.
+    ///
+    /// # Errors
+    /// Where the state directory is in use or can't be made, or the kernel refuses a namespace.
+    pub fn lay(settings: Settings) -> Result<Self, WorkerStartError> {
+        // The lock before the fork: the spawner holds it too, until it has removed what builds left.
+        let state = StateDir::take(&settings.state_dir, settings.lifetime)?;
+        let Entered { identity, note } = cofferdam_sandbox::ids::enter()?;
+        match note {
+            Some(note) => tracing::info!(%identity, "weaker identities than possible: {note}"),
+            None => tracing::debug!(%identity, "identities"),
+        }
+        let leftovers = match settings.lifetime {
+            Lifetime::Lasting => state.builds(),
+            Lifetime::Ephemeral => state.path.clone(),
+        };
+        let spawner = Spawner::start(vec![leftovers])?;
+        // After the fork: builds get the limit that the program was started with.
+        raise_descriptor_limit();
+        Ok(Self { settings, identity, spawner, state })
+    }
+
+    /// Opens the store, mounts the view, and puts the builder over them.
+    ///
+    /// # Errors
+    /// Where one of them can't be had.
+    pub fn build(self) -> Result<Worker, WorkerStartError> {
+        let Self { mut settings, identity, spawner, state } = self;
+        if let Some(slots) = identity.slots().and_then(|slots| NonZeroUsize::new(slots as usize)) {
+            settings.max_builds = settings.max_builds.min(slots);
+        }
+        let store = LocalStore::open(&state.store())?.store();
+        let at = state.path.join("view");
+        state.subdirectory(&at)?;
+        let inputs = identity.inputs_owner();
+        let owner = Owner { uid: inputs.uid, gid: inputs.gid };
+        let cpus = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        let threads = cpus.saturating_mul(NonZeroUsize::new(VIEW_THREADS_PER_CPU).unwrap_or(cpus));
+        let view = View::mount(store.clone(), &at, owner, threads)?;
+        let builder = Builder::new(settings, identity, spawner, store.clone(), view, &state.builds())?;
+        Ok(Worker { store, builder, _state: state })
+    }
+}
+
+/// As many descriptors as the program may have: the view keeps blobs open, and each build takes some.
+fn raise_descriptor_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(errno) = raised {
+        tracing::warn!(%errno, "can't raise the limit of open files");
+    }
+}
+
+/// A state directory that is this program's alone.
+#[derive(Debug)]
+pub struct StateDir {
+    path: PathBuf,
+    lifetime: Lifetime,
+    _lock: Flock<File>,
+}
+
+impl StateDir {
+    /// Makes the directory at `path` if need be, and locks it.
+    ///
+    /// # Errors
+    /// Where that fails, or another program has it.
+    pub fn take(path: &Path, lifetime: Lifetime) -> Result<Self, WorkerStartError> {
+        let fail = |act| move |source| WorkerStartError::State { act, path: path.into(), source };
+        DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(fail("make"))?;
+        // Also the spawner goes by this path, from another working directory.
+        let path = path.canonicalize().map_err(fail("find"))?;
+        let lock = File::create(path.join("lock")).map_err(fail("lock"))?;
+        let lock = Self::lock(lock, &path)?;
+        Ok(Self { path, lifetime, _lock: lock })
+    }
+
+    fn lock(mut file: File, path: &Path) -> Result<Flock<File>, WorkerStartError> {
+        let deadline = Instant::now() + LOCK_PATIENCE;
+        loop {
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => return Ok(lock),
+                Err((back, Errno::EWOULDBLOCK)) if Instant::now() < deadline => file = back,
+                Err((_, Errno::EWOULDBLOCK)) => return Err(WorkerStartError::InUse { path: path.into() }),
+                Err((_, errno)) => {
+                    return Err(WorkerStartError::State {
+                        act: "lock",
+                        path: path.into(),
+                        source: errno.into(),
+                    });
+                }
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Where the store lies.
+    pub fn store(&self) -> PathBuf {
+        self.path.join("store")
+    }
+
+    /// Where the directories of builds lie.
+    fn builds(&self) -> PathBuf {
+        self.path.join("builds")
+    }
+
+    fn subdirectory(&self, path: &Path) -> Result<(), WorkerStartError> {
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
+        made.map_err(|source| WorkerStartError::State {
+            act: "make a directory in",
+            path: path.into(),
+            source,
+        })
+    }
+}
+
+impl Drop for StateDir {
+    fn drop(&mut self) {
+        if self.lifetime != Lifetime::Ephemeral {
+            return;
+        }
+        // Where there was a spawner, it has removed it already.
+        match std::fs::remove_dir_all(&self.path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(path = %self.path.display(), %error, "can't remove the state directory");
+            }
+            _ => {}
+        }
+    }
+}

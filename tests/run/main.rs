@@ -1,0 +1,22 @@
+//! `cofferdam run`, from outside, as each kind of user.
+
+use std::process::ExitCode;
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod data;
+mod endings;
+mod faults;
+mod sandbox;
+mod streams;
+
+fn main() -> ExitCode {
+    let mut trials = support::in_every_mode(streams::tests());
+    trials.extend(support::in_every_mode(data::tests()));
+    trials.extend(support::in_every_mode(sandbox::tests()));
+    trials.extend(support::in_every_mode(endings::tests()));
+    trials.extend(support::in_every_mode(faults::tests()));
+    trials.push(support::in_mode("full_disk", support::Mode::Root, faults::full_disk));
+    support::run(trials)
+}
