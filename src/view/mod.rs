@@ -241,17 +241,18 @@ fn see_out(shared: &Shared, at: &Path, notifier: &Notifier, waiting: &mpsc::Rece
                 if gone.is_empty() {
                     look = Instant::now() + pause;
                 }
-                gone.push(number);
+                gone.push((number, Instant::now()));
             }
             Err(mpsc::RecvTimeoutError::Timeout) => {
                 let inodes = lock(&shared.inodes);
-                gone.retain(|number| inodes.get(*number).is_some());
+                gone.retain(|(number, _)| inodes.get(*number).is_some());
                 drop(inodes);
-                if gone.is_empty() {
-                    pause = FIRST_LOOK;
-                } else {
+                // Of one that has only just gone, the kernel may be about to say so.
+                if gone.iter().any(|(_, since)| since.elapsed() >= FIRST_LOOK) {
                     mount::shrink(at);
                     pause = LAST_LOOK.min(pause * 2);
+                } else {
+                    pause = FIRST_LOOK;
                 }
                 look = Instant::now() + pause;
             }

@@ -305,7 +305,8 @@ fn builds_come_and_go_and_leave_nothing() {
                 wait_for("the build to be gone", || !listed().contains(&id));
             }
         }
-        wait_for("the table to be as before", || view.inodes() == baseline);
+        // Less, if the kernel was short of memory.
+        wait_for("the table to be as before", || view.inodes() <= baseline);
         assert_eq!(listed(), ["stays".to_owned()].into());
         drop(stays);
         wait_for("the table to be empty", || view.inodes() == 0);
