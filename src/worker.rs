@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use cofferdam_sandbox::ids::{EnterError, Entered};
-use cofferdam_sandbox::{Identity, SpawnError, Spawner};
+use cofferdam_sandbox::{Identity, Leftovers, SpawnError, Spawner};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -19,7 +19,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use crate::build::{Builder, ScratchError};
 use crate::castore::{LocalStore, Store, StoreError};
 use crate::config::{Lifetime, Settings};
-use crate::view::{Owner, View, ViewError};
+use crate::view::{View, ViewError};
 
 /// How long to wait for a worker that has ended, but whose sandboxes are still being removed.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
@@ -96,11 +96,11 @@ impl Groundwork {
             Some(note) => tracing::info!(%identity, "weaker identities than possible: {note}"),
             None => tracing::debug!(%identity, "identities"),
         }
-        let leftovers = match settings.lifetime {
+        let tree = match settings.lifetime {
             Lifetime::Lasting => state.builds(),
             Lifetime::Ephemeral => state.path.clone(),
         };
-        let spawner = Spawner::start(vec![leftovers])?;
+        let spawner = Spawner::start(Leftovers { mounts: vec![state.view()], trees: vec![tree] })?;
         // After the fork: builds get the limit that the program was started with.
         raise_descriptor_limit();
         Ok(Self { settings, identity, spawner, state })
@@ -116,13 +116,11 @@ impl Groundwork {
             settings.max_builds = settings.max_builds.min(slots);
         }
         let store = LocalStore::open(&state.store())?.store();
-        let at = state.path.join("view");
+        let at = state.view();
         state.subdirectory(&at)?;
-        let inputs = identity.inputs_owner();
-        let owner = Owner { uid: inputs.uid, gid: inputs.gid };
         let cpus = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
         let threads = cpus.saturating_mul(NonZeroUsize::new(VIEW_THREADS_PER_CPU).unwrap_or(cpus));
-        let view = View::mount(store.clone(), &at, owner, threads)?;
+        let view = View::mount(store.clone(), &at, identity.inputs_owner(), threads)?;
         let builder = Builder::new(settings, identity, spawner, store.clone(), view, &state.builds())?;
         Ok(Worker { store, builder, _state: state })
     }
@@ -187,6 +185,11 @@ impl StateDir {
     /// Where the directories of builds lie.
     fn builds(&self) -> PathBuf {
         self.path.join("builds")
+    }
+
+    /// Where the view is mounted.
+    fn view(&self) -> PathBuf {
+        self.path.join("view")
     }
 
     fn subdirectory(&self, path: &Path) -> Result<(), WorkerStartError> {

@@ -28,4 +28,4 @@ mod sys;
 pub use ids::{IdMap, Identity, Owner};
 pub use plan::{Access, Command, Entry, Layer, Mount, MountPoint, Network, Plan};
 pub use report::{ExitStatus, Report, SetupFailure, Step};
-pub use spawner::{Sandbox, SpawnError, Spawner, Stdio};
+pub use spawner::{Leftovers, Sandbox, SpawnError, Spawner, Stdio};

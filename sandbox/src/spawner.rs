@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
+use nix::mount::{MntFlags, umount2};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::CloneFlags;
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -47,6 +48,15 @@ impl Drop for Spawner {
         self.socket = None;
         let _ = waitpid(self.pid, None);
     }
+}
+
+/// What a program that ended may have left. Where there is nothing any more, that is fine.
+#[derive(Debug, Default)]
+pub struct Leftovers {
+    /// Mounts in the program's own namespace.
+    pub mounts: Vec<PathBuf>,
+    /// Files and trees.
+    pub trees: Vec<PathBuf>,
 }
 
 /// Where a build's output goes.
@@ -87,16 +97,16 @@ impl SpawnError {
 }
 
 impl Spawner {
-    /// Forks the spawner. `leftovers` are files and trees that it removes once the program has ended and every
-    /// sandbox is dead; what the program has removed itself is fine. Descriptors that are open now stay open in the
-    /// spawner to its end: a lock on the trees, taken before, covers their removal too.
+    /// Forks the spawner, which sees to `leftovers` once the program has ended and every sandbox is dead.
+    /// Descriptors that are open now stay open in the spawner to its end: a lock on the trees, taken before, covers
+    /// their removal too.
     ///
     /// Call this while the program has one thread, after [`crate::ids::enter`] and before anything opens
     /// `/dev/fuse`: a copy of that descriptor would keep its connection alive.
     ///
     /// # Errors
     /// Where the system refuses a socket or a process.
-    pub fn start(leftovers: Vec<PathBuf>) -> Result<Self, SpawnError> {
+    pub fn start(leftovers: Leftovers) -> Result<Self, SpawnError> {
         let (ours, theirs) = seqpacket().map_err(SpawnError::Start)?;
         // SAFETY: the program has one thread, as this function demands, so the child may go on as usual.
         match unsafe { unistd::fork() }.map_err(SpawnError::Start)? {
@@ -207,7 +217,7 @@ impl Server {
     }
 
     /// Serves until the program ends. Yields the exit code.
-    fn serve(mut self, leftovers: &[PathBuf]) -> i32 {
+    fn serve(mut self, leftovers: &Leftovers) -> i32 {
         self.stand_apart();
         let code = loop {
             match self.turn() {
@@ -225,7 +235,11 @@ impl Server {
         for sandbox in self.sandboxes.drain(..) {
             let _ = waitpid(sandbox.pid, None);
         }
-        for path in leftovers {
+        for mount in &leftovers.mounts {
+            // Gone already is as good.
+            let _ = umount2(mount, MntFlags::MNT_DETACH);
+        }
+        for path in &leftovers.trees {
             if let Err(error) = remove(path) {
                 eprintln!("cofferdam: can't remove {}: {error}", path.display());
             }

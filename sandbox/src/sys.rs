@@ -202,10 +202,13 @@ pub fn join_new_session_keyring() -> Result<(), Errno> {
 
 /// Sets every signal to its default action and empties the mask.
 pub fn reset_signals() {
-    // SAFETY: SIG_DFL installs no code of ours; signals that can't be changed answer EINVAL, which is right.
+    // The kernel's struct, all zero: SIG_DFL, no flags, no mask. As long as any architecture's.
+    let default = [0_u64; 5];
+    // SAFETY: `default` lives across the calls and installs no code of ours. Not through libc: it keeps two signals
+    // to itself and would leave them ignored. Signals that can't be changed answer EINVAL, which is right.
     unsafe {
         for signal in 1..=libc::SIGRTMAX() {
-            libc::signal(signal, libc::SIG_DFL);
+            libc::syscall(libc::SYS_rt_sigaction, signal, &raw const default, std::ptr::null::<c_void>(), 8);
         }
         let mut none = std::mem::zeroed();
         libc::sigemptyset(&raw mut none);

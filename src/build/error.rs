@@ -254,13 +254,8 @@ pub enum Cause {
         paths: Vec<SandboxPath>,
     },
     /// An output holds something that the castore has no form for.
-    #[error("output \"{output}\" can't be stored: {fault}")]
-    UnstorableOutput {
-        /// The output.
-        output: SandboxPath,
-        /// What in it, and why.
-        fault: TreeFault,
-    },
+    #[error("an output can't be stored: {0}")]
+    UnstorableOutput(TreeFault),
     /// Something that the request places in the sandbox has no place there.
     #[error("the sandbox can't be laid out as requested: {0}")]
     Layout(SetupFailure),
@@ -274,7 +269,7 @@ impl Cause {
             Self::Signalled { signal, .. } => Some(128_i32.saturating_add(*signal)),
             Self::NotExecutable { source, .. } if source.kind() == io::ErrorKind::NotFound => Some(127),
             Self::NotExecutable { .. } => Some(126),
-            Self::MissingOutputs { .. } | Self::UnstorableOutput { .. } | Self::Layout(_) => None,
+            Self::MissingOutputs { .. } | Self::UnstorableOutput(_) | Self::Layout(_) => None,
         }
     }
 }
@@ -326,7 +321,7 @@ mod tests {
 
     #[test]
     fn failures_have_words_and_a_shells_code() {
-        let fault = TreeFault::Unsupported { path: "./s".into(), kind: FileKind::Socket };
+        let fault = TreeFault::Unsupported { path: "out/s".into(), kind: FileKind::Socket };
         let cases = [
             (Cause::Exited { code: 3 }, "the command exited with code 3", Some(3)),
             (Cause::Signalled { signal: 11 }, "the command was ended by signal 11 (SIGSEGV)", Some(139)),
@@ -357,8 +352,8 @@ mod tests {
                 None,
             ),
             (
-                Cause::UnstorableOutput { output: path("out"), fault },
-                "output \"out\" can't be stored: ./s is a socket; only files, directories and symbolic links can be \
+                Cause::UnstorableOutput(fault),
+                "an output can't be stored: out/s is a socket; only files, directories and symbolic links can be \
                  stored",
                 None,
             ),

@@ -141,7 +141,8 @@ impl Builder {
         let id = new_id().map_err(|error| WorkerError::new(WorkerPart::Program, error))?;
         let (sender, events) = mpsc::channel(EVENTS_IN_FLIGHT);
         let (tell_end, end) = oneshot::channel();
-        let running = Running { means: Arc::clone(means), request, slot, id: id.clone(), events: sender };
+        let lease = Arc::new(Lease { means: Arc::clone(means), slot });
+        let running = Running { lease, request, id: id.clone(), events: sender };
         tokio::spawn(running.run(tell_end));
         Ok(Build { id, events, end: Some(end) })
     }
@@ -195,11 +196,33 @@ impl Means {
     }
 }
 
-/// A build that has its slot.
-struct Running {
+/// The worker's means, while a build has a slot. Threads that work for the build share it, so that the slot, and
+/// with it the user id, is free only when the last of them is done.
+struct Lease {
+    // Given back before the slot: who waits for all slots may take the worker apart.
     means: Arc<Means>,
-    request: Arc<Request>,
     slot: Slot,
+}
+
+impl std::ops::Deref for Lease {
+    type Target = Means;
+
+    fn deref(&self) -> &Means {
+        &self.means
+    }
+}
+
+impl Lease {
+    fn slot_number(&self) -> u32 {
+        // A worker has no more slots than ids.
+        u32::try_from(self.slot.index()).unwrap_or(u32::MAX)
+    }
+}
+
+/// A build under way.
+struct Running {
+    lease: Arc<Lease>,
+    request: Arc<Request>,
     /// Its name, also of its directories in the view and on disk.
     id: String,
     events: mpsc::Sender<Event>,
@@ -264,7 +287,6 @@ impl Running {
         drop(self.events);
         let _ = tell_end.send(end);
         held.release().await;
-        drop(self.slot);
     }
 
     /// All the way of a build.
@@ -275,17 +297,12 @@ impl Running {
         let Layout { plan, on_disk, outputs } = plan::lay_out(&self.request, self.site(inputs));
         let scratch = self.make_scratch(held, on_disk).await?;
 
-        let (running, pipes) = sandbox::Running::start(&self.means.spawner, &plan)?;
+        let (running, pipes) = sandbox::Running::start(&self.lease.spawner, &plan)?;
         let running = held.sandbox.insert(running);
         let report = self.follow(running, pipes, held.exposed.as_ref()).await?;
         sandbox::judge(report, &self.request)?;
 
         self.take_in(outputs, scratch, &held.cancel).await
-    }
-
-    fn slot_number(&self) -> u32 {
-        // A worker has no more slots than ids.
-        u32::try_from(self.slot.index()).unwrap_or(u32::MAX)
     }
 
     async fn send(&self, event: Event) -> Result<(), Fault> {
@@ -297,7 +314,7 @@ impl Running {
         if self.request.inputs.is_empty() {
             return Ok(None);
         }
-        let exposed = self.means.view.expose(&self.id, self.request.inputs.clone());
+        let exposed = self.lease.view.expose(&self.id, self.request.inputs.clone());
         let exposed = exposed.map_err(|error| WorkerError::new(WorkerPart::View, error))?;
         Ok(Some(held.exposed.insert(exposed).path().into()))
     }
@@ -312,17 +329,19 @@ impl Running {
                 .collect(),
         };
         Site {
-            build_dir: self.means.scratch.path_of(&self.id),
+            build_dir: self.lease.scratch.path_of(&self.id),
             inputs,
-            ids: self.means.identity.map(self.slot_number()),
-            shell: self.means.settings.shell.clone(),
+            ids: self.lease.identity.map(self.lease.slot_number()),
+            shell: self.lease.settings.shell.clone(),
             network_files,
         }
     }
 
     async fn make_scratch(&self, held: &mut Held, on_disk: Vec<plan::OnDisk>) -> Result<Arc<Scratch>, Fault> {
-        let (means, id, slot) = (Arc::clone(&self.means), self.id.clone(), self.slot_number());
-        let made = blocking(move || means.scratch.create(&id, &on_disk, &means.identity, slot).map(Arc::new));
+        let (lease, id) = (Arc::clone(&self.lease), self.id.clone());
+        let made = blocking(move || {
+            lease.scratch.create(&id, &on_disk, &lease.identity, lease.slot_number()).map(Arc::new)
+        });
         let scratch = made.await?.map_err(|error| WorkerError::new(WorkerPart::Scratch, error))?;
         held.scratch = Some(Arc::clone(&scratch));
         Ok(scratch)
@@ -373,13 +392,13 @@ impl Running {
     ) -> Result<Vec<Output>, Stop> {
         let patterns = Patterns::new(&self.request.needles)
             .map_err(|error| WorkerError::new(WorkerPart::Program, error))?;
-        let (means, request, cancel) =
-            (Arc::clone(&self.means), Arc::clone(&self.request), Arc::clone(cancel));
+        let (lease, request, cancel) =
+            (Arc::clone(&self.lease), Arc::clone(&self.request), Arc::clone(cancel));
         let events = self.events.clone();
         let taken = blocking(move || {
             let (request, patterns, places) = (&*request, &patterns, places.as_slice());
             let intake =
-                Intake { request, patterns, places, scratch: &scratch, store: &means.store, cancel: &cancel };
+                Intake { request, patterns, places, scratch: &scratch, store: &lease.store, cancel: &cancel };
             intake.run(|output, needles| {
                 // A client that has gone is noticed elsewhere.
                 let _ = events.blocking_send(Event::Refscan { output, needles: needles.to_vec() });

@@ -92,12 +92,11 @@ impl Intake<'_> {
         let parent = self.scratch.parent_of(place)?.ok_or_else(missing)?;
         let name = place.file_name().ok_or_else(missing)?;
         let scanner = Scanner::new(self.patterns);
-        let ingest = Ingest { store: self.store, scanner: Some(&scanner), skip: &[], cancel: self.cancel };
+        let (store, label) = (self.store, path.to_string());
+        let ingest = Ingest { store, scanner: Some(&scanner), skip: &[], label: &label, cancel: self.cancel };
         match ingest.at(std::os::fd::AsFd::as_fd(&parent), name) {
             Ok(node) => Ok(Output { node, needles: scanner.found() }),
-            Err(IngestError::Tree(fault)) => {
-                Err(IntakeError::Build(Cause::UnstorableOutput { output: path.clone(), fault }))
-            }
+            Err(IngestError::Tree(fault)) => Err(IntakeError::Build(Cause::UnstorableOutput(fault))),
             Err(IngestError::Cancelled) => Err(IntakeError::Fault(Fault::Cancelled)),
             Err(IngestError::Store(error)) => {
                 Err(IntakeError::Fault(WorkerError::new(WorkerPart::Store, error).into()))

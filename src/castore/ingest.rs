@@ -45,6 +45,8 @@ pub struct Ingest<'a> {
     pub scanner: Option<&'a Scanner>,
     /// Names that are left out at the top level of a tree.
     pub skip: &'a [&'a [u8]],
+    /// What the root is called in messages.
+    pub label: &'a str,
     /// Once this is true the work ends with [`IngestError::Cancelled`], within one piece of a file.
     pub cancel: &'a AtomicBool,
 }
@@ -258,7 +260,8 @@ impl<'a> Walk<'a> {
 
     /// Where the walk stands, for people.
     fn shown(&self) -> String {
-        if self.path.is_empty() { ".".to_owned() } else { printable(&self.path) }
+        let label = self.ingest.label;
+        if self.path.is_empty() { label.to_owned() } else { format!("{label}/{}", printable(&self.path)) }
     }
 
     fn unsupported(&self, stat: &FileStat) -> IngestError {

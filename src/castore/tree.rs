@@ -1,6 +1,6 @@
 //! From nodes in the store to files on disk, and to a list.
 
-use std::ffi::OsStr;
+use std::ffi::{CString, OsStr};
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Write};
@@ -9,11 +9,11 @@ use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 use std::vec;
 
-use nix::dir::Dir;
+use cofferdam_sandbox::scratch::remove_tree;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::{Mode, mkdirat};
-use nix::unistd::{UnlinkatFlags, symlinkat, unlinkat};
+use nix::unistd::symlinkat;
 
 use super::ingest::MAX_DEPTH;
 use super::node::{Digest, Directory, Name, Node, NodeError, printable};
@@ -41,7 +41,7 @@ pub fn export(store: &Store, node: &Node, dir: BorrowedFd<'_>, name: &OsStr) -> 
     let done = export.tree(node, dir, &name);
     if done.is_err() && export.made {
         // The first failure is the one to tell of.
-        let _ = remove(dir, &name);
+        let _ = CString::new(name.as_bytes()).map(|name| remove_tree(dir, &name));
     }
     done
 }
@@ -154,49 +154,6 @@ impl Export<'_> {
     fn failed(&self, act: &'static str, errno: Errno) -> ExportError {
         ExportError::Io { act, path: shown(&self.path), source: errno.into() }
     }
-}
-
-/// Removes the entry `name` of `dir` with everything below it, following nothing.
-fn remove(dir: BorrowedFd<'_>, name: &Name) -> Result<(), Errno> {
-    let Some(root) = remove_or_open(dir, name)? else { return Ok(()) };
-    let mut above = vec![root];
-    while let Some((open, left)) = above.last() {
-        let Some(next) = left.last() else {
-            above.pop();
-            match above.last_mut() {
-                Some((open, left)) => {
-                    if let Some(child) = left.pop() {
-                        unlinkat(open.as_fd(), child.as_os_str(), UnlinkatFlags::RemoveDir)?;
-                    }
-                }
-                None => return unlinkat(dir, name.as_os_str(), UnlinkatFlags::RemoveDir),
-            }
-            continue;
-        };
-        match remove_or_open(open.as_fd(), next)? {
-            Some(child) => above.push(child),
-            None => {
-                above.last_mut().map(|(_, left)| left.pop());
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Removes what is not a directory; opens and lists what is one.
-fn remove_or_open(dir: BorrowedFd<'_>, name: &Name) -> Result<Option<(Dir, Vec<Name>)>, Errno> {
-    match unlinkat(dir, name.as_os_str(), UnlinkatFlags::NoRemoveDir) {
-        Err(Errno::EISDIR) => {}
-        done => return done.map(|()| None),
-    }
-    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let mut open = Dir::openat(dir, name.as_os_str(), flags, Mode::empty())?;
-    let mut names = Vec::new();
-    for entry in open.iter() {
-        // Only `.` and `..` are not names.
-        names.extend(Name::new(entry?.file_name().to_bytes()));
-    }
-    Ok(Some((open, names)))
 }
 
 /// Everything in the tree of `node`, each with its path relative to it: first `node` itself, with an empty

@@ -137,8 +137,9 @@ impl Wanted {
             let path = PathBuf::from(OsStr::from_bytes(path));
             // Later errors would come after minutes of copying.
             path.metadata().map_err(|error| cannot("use input", &path, error))?;
-            if let Some(twice) = inputs.insert(name_of("--input", name)?, path) {
-                return Err(Failed(format!("--input: the name of {} is taken twice", twice.display())));
+            let name = name_of("--input", name)?;
+            if inputs.insert(name.clone(), path).is_some() {
+                return Err(Failed(format!("--input: the name {name} is given twice")));
             }
         }
         let mut ro_paths: BTreeSet<PathBuf> = args.host_path.into_iter().collect();

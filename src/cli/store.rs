@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
@@ -132,8 +133,9 @@ impl Checked {
 pub(super) fn add(store: &Store, path: &Path, skip: &[&[u8]]) -> Result<Node, Failed> {
     let found = path.canonicalize().map_err(|error| cannot("add", path, error))?;
     let cancel = AtomicBool::new(false);
-    let ingest = Ingest { store, scanner: None, skip, cancel: &cancel };
-    ingest.path(&found).map_err(|error| cannot("add", path, error))
+    let label = printable(path.as_os_str().as_bytes());
+    let ingest = Ingest { store, scanner: None, skip, label: &label, cancel: &cancel };
+    Ok(ingest.path(&found)?)
 }
 
 /// Lays `node` out at `dest`, which must not be there.

@@ -13,7 +13,6 @@
 mod fs;
 mod inodes;
 mod mount;
-mod recent;
 
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
@@ -24,12 +23,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use cofferdam_sandbox::Owner;
 use fuser::{INodeNo, Notifier};
 use tokio::sync::watch;
 
 use crate::castore::{Blob, Digest, Name, Node, NodeError, Store, StoreError};
+use crate::recent::Recent;
 use inodes::{Inodes, Listing};
-use recent::Recent;
 
 /// How many blobs are kept open, and so how many file descriptors the view takes.
 const OPEN_BLOBS: usize = 512;
@@ -42,15 +42,6 @@ const RECENT_ENTRIES: usize = 1 << 18;
 const FIRST_LOOK: Duration = Duration::from_secs(1);
 const LAST_LOOK: Duration = Duration::from_secs(60);
 
-/// Whom everything in the view belongs to, in ids of the user namespace that mounts it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Owner {
-    /// The user.
-    pub uid: u32,
-    /// The group.
-    pub gid: u32,
-}
-
 /// The mounted view. Dropping it unmounts it, whatever is still in use; that may take seconds where the
 /// store does not answer.
 pub struct View {
@@ -62,7 +53,8 @@ pub struct View {
 }
 
 impl View {
-    /// Mounts the view at the directory `at`, in the mount namespace of the calling thread.
+    /// Mounts the view at the directory `at`, in the mount namespace of the calling thread. All in it belongs to
+    /// `owner`.
     ///
     /// The namespace should be private to this process. `threads` is how many requests are answered at
     /// a time; one that waits for the store keeps its thread.

@@ -25,7 +25,7 @@ fn the_tree_of_the_design() {
     assert_eq!(ingest(&store, &dir.path().join("tree")).unwrap(), hello);
     assert_eq!(ingest(&store, &dir.path().join("tree/")).unwrap(), hello);
     let cancel = AtomicBool::new(false);
-    let ingest = Ingest { store: &store, scanner: None, skip: &[], cancel: &cancel };
+    let ingest = Ingest { store: &store, scanner: None, skip: &[], label: ".", cancel: &cancel };
     let at = with_dir(dir.path(), |dir| ingest.at(dir, OsStr::new("tree")));
     assert_eq!(at.unwrap(), hello);
     assert!(store.directories.get(&digest(HELLO)).unwrap().is_some());
@@ -102,7 +102,7 @@ fn what_has_no_node_is_named_and_never_waited_for() {
 
         // A type that the directory got wrong, or that changed since.
         let cancel = AtomicBool::new(false);
-        let ingest = Ingest { store: &store, scanner: None, skip: &[], cancel: &cancel };
+        let ingest = Ingest { store: &store, scanner: None, skip: &[], label: ".", cancel: &cancel };
         let lied = with_dir(&tree.join("sub"), |dir| {
             let mut walk = Walk::new(&ingest);
             walk.entry(dir, OsStr::new("b\nd"), Some(Type::File)).map(drop)
@@ -118,7 +118,7 @@ fn nothing_there() {
     let found = fault(ingest(&store, &dir.path().join("no/where")));
     assert_eq!(found, TreeFault::NotFound { path: ".".to_owned() });
     let cancel = AtomicBool::new(false);
-    let ingest = Ingest { store: &store, scanner: None, skip: &[], cancel: &cancel };
+    let ingest = Ingest { store: &store, scanner: None, skip: &[], label: ".", cancel: &cancel };
     for name in ["", ".", "..", "store/blobs", "/etc"] {
         let at = with_dir(dir.path(), |dir| ingest.at(dir, OsStr::new(name)));
         assert!(matches!(fault(at), TreeFault::Name { .. }), "{name}");
@@ -174,7 +174,7 @@ fn a_file_that_became_a_link_is_not_followed() {
     let (dir, store) = store();
     symlink("/etc", dir.path().join("link")).unwrap();
     let cancel = AtomicBool::new(false);
-    let ingest = Ingest { store: &store, scanner: None, skip: &[], cancel: &cancel };
+    let ingest = Ingest { store: &store, scanner: None, skip: &[], label: ".", cancel: &cancel };
     for hint in [Type::File, Type::Directory] {
         let lied = with_dir(dir.path(), |dir| {
             Walk::new(&ingest).entry(dir, OsStr::new("link"), Some(hint)).map(drop)
@@ -223,7 +223,7 @@ fn cancelled() {
     let (dir, store) = store();
     Sketch::hello().write(&dir.path().join("tree"));
     let cancel = AtomicBool::new(true);
-    let ingest = Ingest { store: &store, scanner: None, skip: &[], cancel: &cancel };
+    let ingest = Ingest { store: &store, scanner: None, skip: &[], label: ".", cancel: &cancel };
     assert!(matches!(ingest.path(&dir.path().join("tree")), Err(IngestError::Cancelled)));
     assert!(store.directories.get(&digest(HELLO)).unwrap().is_none());
 }
