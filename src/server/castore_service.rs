@@ -104,6 +104,7 @@ impl BlobService for Blobs {
                 bytes = 0;
             }
         }
+        not_cancelled().await;
         writer = write(writer, batch).await?;
         let (digest, _) = blocking(move || writer.finish()).await?;
         Ok(Response::new(wire::PutBlobResponse { digest: digest.as_bytes().to_vec() }))
@@ -203,6 +204,7 @@ impl DirectoryService for Directories {
             }
             messages.push(message);
         }
+        not_cancelled().await;
         let directories = Arc::clone(&self.store.directories);
         let stored = tokio::task::spawn_blocking(move || {
             let tree = check_tree(messages)?;
@@ -328,6 +330,14 @@ fn check_tree(messages: Vec<wire::Directory>) -> Result<Tree, Status> {
     }
     let directories = directories.into_iter().map(|(_, _, directory)| directory).collect();
     Ok(Tree { directories, ordinals, root })
+}
+
+/// Returns only where the client has really sent all it had.
+///
+/// tonic shows a stream that was cancelled as one that has ended. The transport knows better: it drops a
+/// cancelled call as soon as that has to wait. So this waits once, before anything is stored.
+async fn not_cancelled() {
+    tokio::task::yield_now().await;
 }
 
 /// Makes a call of the store where blocking is allowed.

@@ -21,6 +21,7 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use cofferdam_sandbox::Owner;
 use fuser::{INodeNo, Notifier};
@@ -35,6 +36,11 @@ const OPEN_BLOBS: usize = 512;
 
 /// How many directory entries are kept beyond what the kernel remembers, for the next build.
 const RECENT_ENTRIES: usize = 1 << 18;
+
+/// When it is looked first whether the kernel has forgotten a build that has gone, and the longest time
+/// between such looks, where it goes on remembering.
+const FIRST_LOOK: Duration = Duration::from_secs(1);
+const LAST_LOOK: Duration = Duration::from_secs(60);
 
 /// The mounted view. Dropping it unmounts it, whatever is still in use; that may take seconds where the
 /// store does not answer.
@@ -74,7 +80,7 @@ impl View {
         };
         let filesystem = fs::Castore::new(Arc::clone(&shared));
         let mounted = mount::Mounted::new(filesystem, &at, threads, on_end)?;
-        let usher = Usher::new(Arc::clone(&shared), mounted.notifier())
+        let usher = Usher::new(Arc::clone(&shared), at.clone(), mounted.notifier())
             .map_err(|source| ViewError::Session { source })?;
         Ok(Self { at, shared, mounted, usher })
     }
@@ -159,7 +165,7 @@ impl Drop for Exposed {
     fn drop(&mut self) {
         lock(&self.shared.inodes).retire(&self.name);
         lock(&self.shared.builds).remove(&self.number);
-        let farewell = Farewell::Build(self.name.clone());
+        let farewell = Farewell::Build(self.name.clone(), self.number);
         if self.farewells.send(farewell).is_err() {
             // The view is gone, and the kernel's memory of it.
             lock(&self.shared.inodes).release(&self.name);
@@ -174,7 +180,7 @@ impl std::fmt::Debug for Exposed {
 }
 
 enum Farewell {
-    Build(Name),
+    Build(Name, u64),
     Stop,
 }
 
@@ -186,18 +192,11 @@ struct Usher {
 }
 
 impl Usher {
-    fn new(shared: Arc<Shared>, notifier: Notifier) -> io::Result<Self> {
+    fn new(shared: Arc<Shared>, at: PathBuf, notifier: Notifier) -> io::Result<Self> {
         let (farewells, waiting) = mpsc::channel();
-        let run = move || {
-            while let Ok(Farewell::Build(name)) = waiting.recv() {
-                if let Err(error) = notifier.inval_entry(INodeNo::ROOT, name.as_os_str()) {
-                    tracing::debug!(build = %name, "the kernel was not told that a build has gone: {error}");
-                }
-                forget_listing(&notifier);
-                lock(&shared.inodes).release(&name);
-            }
-        };
-        let thread = std::thread::Builder::new().name("view-usher".to_owned()).spawn(run)?;
+        let thread = std::thread::Builder::new()
+            .name("view-usher".to_owned())
+            .spawn(move || see_out(&shared, &at, &notifier, &waiting))?;
         Ok(Self { farewells, thread: Some(thread) })
     }
 }
@@ -206,6 +205,51 @@ impl Drop for Usher {
     fn drop(&mut self) {
         let _ = self.farewells.send(Farewell::Stop);
         let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+/// Tells the kernel of each build that has gone, and looks after a while whether it has forgotten it.
+///
+/// It has not where something still lay over the directory, such as an overlay in an ending sandbox: what
+/// is in use stays, and once it is used no more, it stays as a memory that no name leads to. Such are
+/// then shrunk away.
+fn see_out(shared: &Shared, at: &Path, notifier: &Notifier, waiting: &mpsc::Receiver<Farewell>) {
+    let mut gone = Vec::new();
+    let mut pause = FIRST_LOOK;
+    let mut look = Instant::now();
+    loop {
+        let farewell = if gone.is_empty() {
+            waiting.recv().map_err(|_| mpsc::RecvTimeoutError::Disconnected)
+        } else {
+            waiting.recv_timeout(look.saturating_duration_since(Instant::now()))
+        };
+        match farewell {
+            Ok(Farewell::Build(name, number)) => {
+                if let Err(error) = notifier.inval_entry(INodeNo::ROOT, name.as_os_str()) {
+                    tracing::debug!(build = %name, "the kernel was not told that a build has gone: {error}");
+                }
+                forget_listing(notifier);
+                lock(&shared.inodes).release(&name);
+                if gone.is_empty() {
+                    look = Instant::now() + pause;
+                }
+                gone.push((number, Instant::now()));
+            }
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                let inodes = lock(&shared.inodes);
+                gone.retain(|(number, _)| inodes.get(*number).is_some());
+                drop(inodes);
+                // Of one that has only just gone, the kernel may be about to say so.
+                if gone.iter().any(|(_, since)| since.elapsed() >= FIRST_LOOK) {
+                    mount::shrink(at);
+                    pause = LAST_LOOK.min(pause * 2);
+                } else {
+                    pause = FIRST_LOOK;
+                }
+                look = Instant::now() + pause;
+            }
+            Ok(Farewell::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => break,
+        }
     }
 }
 

@@ -17,6 +17,9 @@ use super::ViewError;
 
 const DEVICE: &str = "/dev/fuse";
 
+/// With a read-only superblock a read costs no GETATTR.
+const FLAGS: MsFlags = MsFlags::MS_RDONLY.union(MsFlags::MS_NOSUID).union(MsFlags::MS_NODEV);
+
 /// How long the threads may take to end once the connection is aborted. One of them may be waiting for
 /// the store.
 const END: Duration = Duration::from_secs(5);
@@ -26,6 +29,7 @@ pub struct Mounted {
     at: PathBuf,
     notifier: Notifier,
     thread: Option<JoinHandle<()>>,
+    /// Behind a lock only so that the view can be shared.
     ended: Mutex<mpsc::Receiver<()>>,
 }
 
@@ -43,14 +47,12 @@ impl Mounted {
     ) -> Result<Self, ViewError> {
         let device = OpenOptions::new().read(true).write(true).open(DEVICE);
         let device: OwnedFd = device.map_err(|source| ViewError::Device { source })?.into();
-        // With a read-only superblock a read costs no GETATTR, and with default_permissions it is the
-        // kernel that checks modes.
-        let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+        // With default_permissions it is the kernel that checks modes.
         let options = format!(
             "fd={},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions",
             device.as_raw_fd()
         );
-        nix::mount::mount(Some("cofferdam"), at, Some("fuse.cofferdam"), flags, Some(options.as_str()))
+        nix::mount::mount(Some("cofferdam"), at, Some("fuse.cofferdam"), FLAGS, Some(options.as_str()))
             .map_err(|errno| ViewError::Mount { at: at.to_owned(), source: errno.into() })?;
         Self::serve(filesystem, device, at, threads, on_end).map_err(|source| {
             let _ = unmount(at);
@@ -107,4 +109,13 @@ impl Drop for Mounted {
 /// Force aborts the connection even where the mount is in use; detach then takes it out of the way.
 fn unmount(at: &Path) -> Result<(), Errno> {
     nix::mount::umount2(at, MntFlags::MNT_FORCE | MntFlags::MNT_DETACH)
+}
+
+/// Makes the kernel forget all names of the file system at `at` that are not in use. That is a side
+/// effect of mounting it again as it is; a name that is in use by a live build stays.
+pub fn shrink(at: &Path) {
+    let flags = MsFlags::MS_REMOUNT | FLAGS;
+    if let Err(errno) = nix::mount::mount(None::<&str>, at, None::<&str>, flags, None::<&str>) {
+        tracing::warn!(at = %at.display(), "can't make the kernel forget builds that have gone: {errno}");
+    }
 }

@@ -13,7 +13,6 @@ use super::*;
 use crate::address::Address;
 use crate::castore::remote::RemoteStore;
 use crate::castore::{Name, Node, memory};
-use crate::server::routes::Routes;
 
 /// A served store, both ends of it.
 struct Served {
@@ -32,9 +31,10 @@ fn serve(backing: Store) -> Served {
         let _inside = runtime.enter();
         tokio::net::UnixListener::bind(&socket).unwrap()
     };
-    let routes = Routes::new().with(blob_server(backing.clone())).with(directory_server(backing.clone()));
-    let incoming = tokio_stream::wrappers::UnixListenerStream::new(listener);
-    let server = tonic::transport::Server::builder().serve_with_incoming(routes, incoming);
+    let server = tonic::transport::Server::builder()
+        .add_service(blob_server(backing.clone()))
+        .add_service(directory_server(backing.clone()))
+        .serve_with_incoming(tokio_stream::wrappers::UnixListenerStream::new(listener));
     runtime.spawn(server);
     let address: Address = format!("unix:{}", socket.display()).parse().unwrap();
     let channel = runtime.block_on(address.connect()).unwrap();
@@ -154,17 +154,6 @@ fn requests_that_can_not_be_met_are_refused() {
     let status = served.runtime.block_on(directories.get(nothing)).unwrap_err();
     assert_eq!(status.code(), Code::InvalidArgument);
     assert!(status.message().starts_with("by_what:"), "{status}");
-}
-
-#[test]
-fn a_service_that_is_not_served_is_unimplemented() {
-    let served = serve(memory::store());
-    let mut client =
-        cofferdam_proto::build::build_service_client::BuildServiceClient::new(served.channel.clone());
-    let status = served.runtime.block_on(client.do_build(cofferdam_proto::build::BuildRequest::default()));
-    let status = status.unwrap_err();
-    assert_eq!(status.code(), Code::Unimplemented);
-    assert!(status.message().contains("snix.build.v1.BuildService"), "{status}");
 }
 
 #[test]
@@ -448,10 +437,12 @@ fn a_broken_store_is_the_servers_fault_and_is_noticed() {
 fn an_abandoned_upload_leaves_nothing() {
     let served = serve(memory::store());
     let bytes = noise(1 << 20);
-    for len in [10, 256 << 10, 1 << 20] {
+    for len in [10, 256 << 10, 1 << 20].into_iter().cycle().take(150) {
         let mut writer = served.remote.blobs.create().unwrap();
         writer.write_all(&bytes[..len]).unwrap();
         drop(writer);
+        // Keeps step with the server, which takes a burst of abandoned calls for an attack.
+        served.remote.blobs.has(&Digest::of(b"")).unwrap();
     }
     // One that is completed after them, so that the server has seen them all.
     write_blob(&served.remote, b"later");
