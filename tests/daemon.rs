@@ -196,8 +196,12 @@ fn a_second_terminate_leaves_nothing(case: &Case) {
 fn terminate_lets_builds_end(case: &Case) {
     let mut daemon = Daemon::start(case, &[]);
     client(async {
-        let mut stream =
-            connect(&daemon).await.do_build(request("echo ready; sleep 1; echo x > /outputs/x", &["x"])).await.unwrap().into_inner();
+        let mut stream = connect(&daemon)
+            .await
+            .do_build(request("echo ready; sleep 1; echo x > /outputs/x", &["x"]))
+            .await
+            .unwrap()
+            .into_inner();
         let started = stream.message().await.unwrap();
         assert!(started.is_some());
         // Opened before: the daemon takes no new connections once it stops.

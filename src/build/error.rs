@@ -77,12 +77,16 @@ pub enum Unsupported {
         path: PathBuf,
     },
     /// It has no shell to offer.
-    #[error("constraints.provide_bin_sh: this worker has no /bin/sh for builds; its operator can name one with \
-             --sandbox-shell")]
+    #[error(
+        "constraints.provide_bin_sh: this worker has no /bin/sh for builds; its operator can name one with \
+             --sandbox-shell"
+    )]
     NoShell,
     /// It lets no build reach the network.
-    #[error("constraints.network_access: this worker gives builds no network; its operator can, with \
-             --allow-host-network")]
+    #[error(
+        "constraints.network_access: this worker gives builds no network; its operator can, with \
+             --allow-host-network"
+    )]
     NoNetwork,
     /// It can't isolate builds well enough, and so does none.
     #[error("this worker does no builds: {reason}")]

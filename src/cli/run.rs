@@ -245,7 +245,10 @@ fn environment(set: &[OsString]) -> Result<BTreeMap<Vec<u8>, Vec<u8>>, Failed> {
     for argument in set {
         let (key, value) = key_value("--env", argument)?;
         if key.is_empty() {
-            return Err(Failed(format!("--env: \"{}\" has no name before \"=\"", argument.as_bytes().escape_ascii())));
+            return Err(Failed(format!(
+                "--env: \"{}\" has no name before \"=\"",
+                argument.as_bytes().escape_ascii()
+            )));
         }
         all.insert(key.into(), value.into());
     }
