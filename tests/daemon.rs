@@ -212,7 +212,7 @@ fn terminate_lets_builds_end(case: &Case) {
         assert_eq!(refused.code(), Code::Unavailable, "{refused}");
         let mut events = Vec::new();
         while let Some(event) = stream.message().await.unwrap() {
-            events.push(event);
+            events.extend(event.event);
         }
         assert_eq!(kinds(&events), ["log", "refscan", "completed"]);
     });
