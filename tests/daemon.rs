@@ -399,7 +399,7 @@ fn build_command_without_a_daemon(case: &Case) {
     let table = [
         ("{", "line 1"),
         (r#"{"noSuchField": 1}"#, "noSuchField"),
-        (r#"{"commandArgs": "true"}"#, "commandArgs"),
+        (r#"{"commandArgs": "true"}"#, "column 22: invalid type: string \"true\", expected a list"),
         (r#"{"commandArgs": []}"#, "command_args"),
         (r#"{"commandArgs": ["/bin/sh"], "workingDir": "/"}"#, "working_dir"),
     ];

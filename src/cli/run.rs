@@ -149,6 +149,9 @@ impl Wanted {
         for path in &ro_paths {
             path.metadata().map_err(|error| cannot("use host path", path, error))?;
         }
+        if args.needle.iter().any(|needle| needle.is_empty()) {
+            return Err(Failed("--needle: an empty string is everywhere".into()));
+        }
         let outputs = args.output.iter().map(|name| name_of("--output", name.as_bytes()));
         let outputs = outputs.collect::<Result<Vec<_>, _>>()?;
         check_destination(&args.out_dir, &outputs)?;

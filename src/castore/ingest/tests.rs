@@ -82,11 +82,11 @@ fn what_has_no_node_is_named_and_never_waited_for() {
     let make_block = |path: &Path| mknod(path, SFlag::S_IFBLK, Mode::S_IRWXU, libc::makedev(7, 0));
     type Make<'a> = &'a dyn Fn(&Path) -> Result<(), Errno>;
     let cases: [(FileKind, Make, &str); 5] = [
-        (FileKind::Fifo, &make_fifo, "sub/b\\nd is a fifo"),
-        (FileKind::Socket, &make_socket, "sub/b\\nd is a socket"),
-        (FileKind::CharacterDevice, &make_null, "sub/b\\nd is a character device"),
-        (FileKind::Whiteout, &make_whiteout, "sub/b\\nd is a whiteout"),
-        (FileKind::BlockDevice, &make_block, "sub/b\\nd is a block device"),
+        (FileKind::Fifo, &make_fifo, "./sub/b\\nd is a fifo"),
+        (FileKind::Socket, &make_socket, "./sub/b\\nd is a socket"),
+        (FileKind::CharacterDevice, &make_null, "./sub/b\\nd is a character device"),
+        (FileKind::Whiteout, &make_whiteout, "./sub/b\\nd is a whiteout"),
+        (FileKind::BlockDevice, &make_block, "./sub/b\\nd is a block device"),
     ];
     for (kind, make, message) in cases {
         let path = tree.join("sub/b\nd");
