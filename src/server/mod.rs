@@ -39,10 +39,11 @@ impl Services {
     /// Where the description of the services can't be read.
     pub async fn new(store: Store, builder: Option<Builder>) -> Result<Self, ServicesError> {
         let (health, health_service) = tonic_health::server::health_reporter();
-        let reflection = tonic_reflection::server::Builder::configure()
-            .register_encoded_file_descriptor_set(cofferdam_proto::DESCRIPTORS)
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-            .build_v1()?;
+        let reflection = || {
+            tonic_reflection::server::Builder::configure()
+                .register_encoded_file_descriptor_set(cofferdam_proto::DESCRIPTORS)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        };
         let builds = build_service::server(builder);
         let blobs = castore_service::blob_server(store.clone());
         let directories = castore_service::directory_server(store);
@@ -52,7 +53,9 @@ impl Services {
         set_serving(&health, &directories).await;
         let mut routes = Routes::builder();
         routes.add_service(builds).add_service(blobs).add_service(directories);
-        routes.add_service(health_service).add_service(reflection);
+        routes.add_service(health_service);
+        // Many clients know only the older name of the service.
+        routes.add_service(reflection().build_v1()?).add_service(reflection().build_v1alpha()?);
         Ok(Self { routes: routes.routes(), health })
     }
 

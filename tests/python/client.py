@@ -515,7 +515,7 @@ class Client(unittest.TestCase):
         # One byte short of the needle must not count.
         script += f"; {{ head -c 65530 /dev/zero; printf {needle[:-1]}; head -c 100 /dev/zero; }} > short"
         outputs = [f"outputs/{n}" for n in range(len(starts))] + ["outputs/short"]
-        events = self.build(daemon, request(script, outputs=outputs, refscan_needles=["no", needle]))
+        events = self.build(daemon, request(script, outputs=outputs, refscan_needles=["not there", needle]))
         found = [list(output.needles) for output in events[-1].completed.outputs]
         self.assertEqual(dict(zip(starts, found)), dict.fromkeys(starts, [1]))
         self.assertEqual(found[-1], [])
