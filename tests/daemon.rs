@@ -400,7 +400,7 @@ fn build_command_without_a_daemon(case: &Case) {
         ("{", "line 1"),
         (r#"{"noSuchField": 1}"#, "noSuchField"),
         (r#"{"commandArgs": "true"}"#, "column 22: invalid type: string \"true\", expected a list"),
-        (r#"{"commandArgs": []}"#, "command_args"),
+        (r#"{"commandArgs": [], "workingDir": "build"}"#, "command_args"),
         (r#"{"commandArgs": ["/bin/sh"], "workingDir": "/"}"#, "working_dir"),
     ];
     for (text, named) in table {
