@@ -3,17 +3,15 @@
 //! It takes two steps. [`Groundwork::lay`] does what must be done while the program has one thread;
 //! [`Groundwork::build`] may then start as many as it likes.
 
-use std::fs::{DirBuilder, File};
+use std::fs::{DirBuilder, File, TryLockError};
 use std::io;
 use std::num::NonZeroUsize;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use cofferdam_sandbox::ids::{EnterError, Entered};
 use cofferdam_sandbox::{Identity, Leftovers, SpawnError, Spawner};
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::build::{Builder, ScratchError};
@@ -64,6 +62,16 @@ pub enum WorkerStartError {
         /// The directory.
         path: PathBuf,
     },
+    /// Others could change what lies in the state directory.
+    #[error(
+        "the state directory {path} has mode {mode:04o}: others than its owner may write to it; chmod go-w it"
+    )]
+    Writable {
+        /// The directory.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
     /// There are no namespaces to be had.
     #[error(transparent)]
     Enter(#[from] EnterError),
@@ -93,16 +101,16 @@ impl Groundwork {
         let state = StateDir::take(&settings.state_dir, settings.lifetime)?;
         let Entered { identity, note } = cofferdam_sandbox::ids::enter()?;
         match note {
-            Some(note) => tracing::info!(%identity, "weaker identities than possible: {note}"),
+            Some(note) => tracing::info!(%identity, "builds share one id: {note}"),
             None => tracing::debug!(%identity, "identities"),
         }
         let tree = match settings.lifetime {
             Lifetime::Lasting => state.builds(),
             Lifetime::Ephemeral => state.path.clone(),
         };
-        let spawner = Spawner::start(Leftovers { mounts: vec![state.view()], trees: vec![tree] })?;
-        // After the fork: builds get the limit that the program was started with.
+        // The spawner, too, takes some for each sandbox.
         raise_descriptor_limit();
+        let spawner = Spawner::start(Leftovers { mounts: vec![state.view()], trees: vec![tree] })?;
         Ok(Self { settings, identity, spawner, state })
     }
 
@@ -140,7 +148,8 @@ fn raise_descriptor_limit() {
 pub struct StateDir {
     path: PathBuf,
     lifetime: Lifetime,
-    _lock: Flock<File>,
+    /// Locked as long as any copy of it is open, and the spawner has one.
+    _lock: File,
 }
 
 impl StateDir {
@@ -153,24 +162,24 @@ impl StateDir {
         DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(fail("make"))?;
         // Also the spawner goes by this path, from another working directory.
         let path = path.canonicalize().map_err(fail("find"))?;
+        let mode = path.metadata().map_err(fail("look at"))?.permissions().mode();
+        if mode & 0o022 != 0 {
+            return Err(WorkerStartError::Writable { path, mode: mode & 0o7777 });
+        }
         let lock = File::create(path.join("lock")).map_err(fail("lock"))?;
         let lock = Self::lock(lock, &path)?;
         Ok(Self { path, lifetime, _lock: lock })
     }
 
-    fn lock(mut file: File, path: &Path) -> Result<Flock<File>, WorkerStartError> {
+    fn lock(file: File, path: &Path) -> Result<File, WorkerStartError> {
         let deadline = Instant::now() + LOCK_PATIENCE;
         loop {
-            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(lock) => return Ok(lock),
-                Err((back, Errno::EWOULDBLOCK)) if Instant::now() < deadline => file = back,
-                Err((_, Errno::EWOULDBLOCK)) => return Err(WorkerStartError::InUse { path: path.into() }),
-                Err((_, errno)) => {
-                    return Err(WorkerStartError::State {
-                        act: "lock",
-                        path: path.into(),
-                        source: errno.into(),
-                    });
+            match file.try_lock() {
+                Ok(()) => return Ok(file),
+                Err(TryLockError::WouldBlock) if Instant::now() < deadline => {}
+                Err(TryLockError::WouldBlock) => return Err(WorkerStartError::InUse { path: path.into() }),
+                Err(TryLockError::Error(source)) => {
+                    return Err(WorkerStartError::State { act: "lock", path: path.into(), source });
                 }
             }
             std::thread::sleep(Duration::from_millis(50));

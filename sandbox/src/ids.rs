@@ -90,7 +90,7 @@ pub struct IdMap {
 pub(crate) enum Groups {
     /// They are dropped.
     Droppable,
-    /// They stay: with one id mapped, the kernel forbids `setgroups`.
+    /// They stay as the program has them: with one id mapped, the kernel forbids `setgroups`.
     Kept,
 }
 
@@ -235,6 +235,8 @@ fn enter_as_root() -> Result<Entered, EnterError> {
     let uids = free_range(&read("/proc/self/uid_map")?);
     let gids = free_range(&read("/proc/self/gid_map")?);
     unshare(CloneFlags::CLONE_NEWNS).map_err(EnterError::MountNamespace)?;
+    // Builds under an id of their own drop them anyway. A container that forbids it has none to drop, most likely.
+    let _ = unistd::setgroups(&[]);
     Ok(match (uids, gids) {
         (Some(uids), Some(gids)) => Entered { identity: Identity::Root { uids, gids }, note: None },
         _ => Entered {

@@ -5,7 +5,7 @@
 //! ids::enter() ── own namespaces
 //! Spawner::start() ───── fork ───▶ serves, single-threaded
 //! spawner.spawn(plan) ── memfd ──▶ clone3, id maps ───────────────▶ child: pid 1, the build: pid 2
-//! Sandbox::try_report() ◀───────── waits, words the end ◀────────── status pipe
+//! Report::from_bytes() ◀────────── waits, words the end ◀────────── status pipe
 //! ```
 //!
 //! [`Plan`] says what the command will see: plain data, made without a system call. The spawner is forked

@@ -5,6 +5,8 @@ use std::fmt;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
+use crate::spawner::SpawnError;
+
 /// The last word on a sandbox. Every process in it is dead by then.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Report {
@@ -19,6 +21,22 @@ pub enum Report {
     NotSetUp(SetupFailure),
     /// The first process of the sandbox was killed from outside.
     Killed,
+}
+
+impl Report {
+    /// Longest report in bytes.
+    pub const MAX_BYTES: usize = 4096;
+
+    /// Reads what came out of a [`Sandbox`](crate::Sandbox).
+    ///
+    /// # Errors
+    /// [`SpawnError::Gone`] where nothing did: the spawner ended before the sandbox.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, SpawnError> {
+        match bytes {
+            [] => Err(SpawnError::Gone),
+            bytes => postcard::from_bytes(bytes).map_err(|_| SpawnError::Report),
+        }
+    }
 }
 
 /// How a command ended.
@@ -63,7 +81,7 @@ impl fmt::Display for SetupFailure {
             write!(f, " {}", self.object)?;
         }
         write!(f, ": {}", std::io::Error::from_raw_os_error(self.errno))?;
-        match self.step.hint(Errno::from_raw(self.errno)) {
+        match self.step.hint(Errno::from_raw(self.errno), &self.object) {
             Some(hint) => write!(f, " ({hint})"),
             None => Ok(()),
         }
@@ -81,6 +99,8 @@ pub enum Step {
     Clone,
     /// The id maps are written.
     MapIds,
+    /// A pipe to the child is made.
+    Pipe,
     /// Standard streams are put in place, everything else is closed.
     Streams,
     /// The sources of mounts are opened.
@@ -121,13 +141,13 @@ pub enum Step {
 
 impl Step {
     /// What helps where the system refuses this step in this way.
-    fn hint(self, errno: Errno) -> Option<&'static str> {
+    fn hint(self, errno: Errno, object: &str) -> Option<&'static str> {
         match (self, errno) {
             (Step::Clone, Errno::EPERM | Errno::EACCES) => Some(
                 "user namespaces are not allowed here; see kernel.unprivileged_userns_clone and AppArmor",
             ),
             (Step::Clone, Errno::ENOSPC | Errno::EUSERS) => Some("see user.max_*_namespaces in /proc/sys"),
-            (Step::Mount, Errno::EPERM) => Some(
+            (Step::Mount, Errno::EPERM) if object == "proc" => Some(
                 "a container that masks parts of /proc forbids a fresh one; run it with an unmasked /proc",
             ),
             _ => None,
@@ -141,6 +161,7 @@ impl fmt::Display for Step {
             Step::ReadPlan => "read the plan of the sandbox",
             Step::Clone => "make namespaces",
             Step::MapIds => "write the id map",
+            Step::Pipe => "make a pipe",
             Step::Streams => "put the standard streams in place",
             Step::OpenSource => "open",
             Step::BecomeRoot => "become the sandbox's root",

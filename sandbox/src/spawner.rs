@@ -14,6 +14,7 @@ use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -113,7 +114,9 @@ impl Spawner {
             ForkResult::Parent { child } => Ok(Self { pid: child, socket: Some(ours) }),
             ForkResult::Child => {
                 drop(ours);
-                let code = Server::new(theirs).serve(&leftovers);
+                // Nothing of the original may run here, not even by unwinding into it.
+                let server = AssertUnwindSafe(|| Server::new(theirs).serve(&leftovers));
+                let code = std::panic::catch_unwind(server).unwrap_or(1);
                 // SAFETY: ends this copy of the program at once, without running what belongs to the original.
                 unsafe { libc::_exit(code) }
             }
@@ -166,22 +169,6 @@ impl From<Sandbox> for UnixStream {
     }
 }
 
-impl Report {
-    /// Longest report in bytes.
-    pub const MAX_BYTES: usize = 4096;
-
-    /// Reads what came out of a [`Sandbox`].
-    ///
-    /// # Errors
-    /// [`SpawnError::Gone`] where nothing did: the spawner ended before the sandbox.
-    pub fn from_bytes(bytes: &[u8]) -> Result<Self, SpawnError> {
-        match bytes {
-            [] => Err(SpawnError::Gone),
-            bytes => postcard::from_bytes(bytes).map_err(|_| SpawnError::Report),
-        }
-    }
-}
-
 fn seqpacket() -> Result<(OwnedFd, OwnedFd), Errno> {
     socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
 }
@@ -224,7 +211,7 @@ impl Server {
                 Ok(Turn::GoOn) => {}
                 Ok(Turn::ProgramEnded) => break 0,
                 Err(errno) => {
-                    eprintln!("cofferdam: the spawner fails: {errno}");
+                    complain(format_args!("the spawner fails: {errno}"));
                     break 1;
                 }
             }
@@ -241,7 +228,7 @@ impl Server {
         }
         for path in &leftovers.trees {
             if let Err(error) = remove(path) {
-                eprintln!("cofferdam: can't remove {}: {error}", path.display());
+                complain(format_args!("can't remove {}: {error}", path.display()));
             }
         }
         code
@@ -249,8 +236,10 @@ impl Server {
 
     /// Becomes independent of the terminal and of what the program was started with.
     fn stand_apart(&self) {
-        // Ctrl-C at a terminal goes to every process of its session; this one must outlive the program.
+        // Ctrl-C at a terminal goes to the whole foreground group, and a service manager's SIGTERM to all processes of
+        // the service. This one must outlive the program.
         let _ = unistd::setsid();
+        sys::ignore_termination();
         let _ = unistd::chdir("/");
         let _ = nix::sys::prctl::set_name(c"cofferdam-spawn");
         // SAFETY: nothing in this process or its children reads arguments or environment from here on.
@@ -300,7 +289,8 @@ impl Server {
             message => message?,
         };
         let mut fds = Vec::new();
-        for part in message.cmsgs()? {
+        // An error here means that the message was cut off, for want of descriptors.
+        for part in message.cmsgs().into_iter().flatten() {
             if let ControlMessageOwned::ScmRights(raw) = part {
                 // SAFETY: the kernel has just made these descriptors for this process alone.
                 fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
@@ -325,6 +315,11 @@ impl Server {
         }
         Ok(Turn::GoOn)
     }
+}
+
+/// Says something to whoever reads the program's standard error, if anybody does.
+fn complain(what: std::fmt::Arguments<'_>) {
+    let _ = writeln!(io::stderr(), "cofferdam: {what}");
 }
 
 fn remove(path: &Path) -> io::Result<()> {
@@ -373,8 +368,7 @@ fn tell(control: &UnixStream, report: &Report) {
 /// Makes a sandbox: clones its first process and gives it ids.
 fn launch(plan: OwnedFd, stdio: Stdio) -> Result<(Pid, OwnedFd, File, File), SetupFailure> {
     let plan = read_plan(plan)?;
-    let pipe =
-        || unistd::pipe2(OFlag::O_CLOEXEC).map_err(|errno| SetupFailure::new(Step::Streams, errno, "a pipe"));
+    let pipe = || unistd::pipe2(OFlag::O_CLOEXEC).map_err(|errno| SetupFailure::new(Step::Pipe, errno, ""));
     let (report_read, report) = pipe()?;
     let (go, go_write) = pipe()?;
     let mut namespaces = CloneFlags::CLONE_NEWUSER

@@ -6,6 +6,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use libc::{c_int, c_long, c_uint, c_void};
 use nix::errno::Errno;
 
+use crate::report::ExitStatus;
+
 /// Turns a system call's answer into a descriptor that is owned.
 fn owned(answer: c_long) -> Result<OwnedFd, Errno> {
     let fd = Errno::result(answer)? as RawFd;
@@ -46,6 +48,18 @@ pub unsafe fn clone_process(namespaces: c_int) -> Result<Cloned, Errno> {
             Ok(Cloned::Parent { pid: nix::unistd::Pid::from_raw(pid as i32), pidfd: owned(pidfd.into())? })
         }
     }
+}
+
+/// Waits for any child to end. Not through `nix`, which has no words for children that real-time signals ended.
+pub fn wait() -> Result<(nix::unistd::Pid, ExitStatus), Errno> {
+    let mut status = 0;
+    // SAFETY: `status` lives across the call.
+    let pid = Errno::result(unsafe { libc::waitpid(-1, &raw mut status, 0) })?;
+    let status = match libc::WIFSIGNALED(status) {
+        true => ExitStatus::Signal(libc::WTERMSIG(status)),
+        false => ExitStatus::Code(libc::WEXITSTATUS(status)),
+    };
+    Ok((nix::unistd::Pid::from_raw(pid), status))
 }
 
 /// Sends `signal` to the process of a pidfd.
@@ -198,6 +212,14 @@ pub fn join_new_session_keyring() -> Result<(), Errno> {
         )
     };
     Errno::result(answer).map(drop)
+}
+
+/// Makes this process deaf to what a terminal or a service manager sends to whole groups of processes.
+pub fn ignore_termination() {
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT] {
+        // SAFETY: SIG_IGN installs no code of ours.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
 }
 
 /// Sets every signal to its default action and empties the mask.

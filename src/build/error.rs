@@ -49,7 +49,7 @@ impl From<LogError> for Fault {
 }
 
 /// What this worker doesn't offer; another might.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum Unsupported {
     /// It is of another system.
     #[error("constraints.system: this worker builds for {}, not for {wanted}", offered.join(", "))]
@@ -75,6 +75,14 @@ pub enum Unsupported {
     HostPath {
         /// The path.
         path: PathBuf,
+    },
+    /// The path is allowed, but isn't there.
+    #[error("constraints.available_ro_paths: this worker has no \"{}\": {source}", .path.display())]
+    HostPathMissing {
+        /// The path.
+        path: PathBuf,
+        /// Why it can't be had.
+        source: io::Error,
     },
     /// It has no shell to offer.
     #[error(

@@ -11,6 +11,7 @@ pub mod admission;
 pub mod error;
 pub mod events;
 pub mod logs;
+mod offer;
 mod outputs;
 mod plan;
 pub mod request;
@@ -24,22 +25,23 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
-use cofferdam_sandbox::{Identity, Report, Spawner};
-use tokio::sync::{mpsc, oneshot};
+use cofferdam_sandbox::{Identity, Report, SpawnError, Spawner};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::castore::Store;
 use crate::castore::closure::Closure;
-use crate::config::{NetworkPolicy, Settings};
+use crate::config::Settings;
 use crate::refscan::Patterns;
 use crate::view::{Exposed, View};
 
 use admission::{Slot, Slots};
-use error::{Cause, Fault, MissingInputs, Unsupported, WorkerError, WorkerPart};
+use error::{Cause, Fault, WorkerError, WorkerPart};
 use events::{Event, Output};
 use outputs::{Intake, IntakeError};
 use plan::{Layout, Site};
-use request::{Network, Request, SandboxPath, Shell};
+use request::{Network, Request};
 use scratch::{Scratch, ScratchRoot};
 
 pub use scratch::ScratchError;
@@ -48,8 +50,11 @@ pub use scratch::ScratchError;
 /// a build holds of the daemon's memory to 16 MiB; a full channel stops the build at its pipes.
 const EVENTS_IN_FLIGHT: usize = 256;
 
+/// How long a killed sandbox may take to end before the view is taken from under it.
+const END_PATIENCE: Duration = Duration::from_secs(10);
+
 /// Files of the host's `/etc` that a build with network sees.
-const NETWORK_FILES: [&str; 3] = ["resolv.conf", "services", "hosts"];
+const NETWORK_FILES: [&str; 4] = ["resolv.conf", "services", "hosts", "ssl/certs/ca-certificates.crt"];
 
 /// Carries out builds with the means of one worker.
 #[derive(Clone)]
@@ -66,6 +71,7 @@ struct Means {
     closure: Closure,
     scratch: ScratchRoot,
     slots: Slots,
+    broken: watch::Sender<bool>,
 }
 
 /// A build that was taken on. Dropping it ends the build and leaves nothing behind.
@@ -121,7 +127,17 @@ impl Builder {
         let slots = Slots::new(settings.max_builds, settings.max_waiting);
         let scratch = ScratchRoot::open(scratch)?;
         let closure = Closure::new();
-        Ok(Self(Arc::new(Means { settings, identity, spawner, store, view, closure, scratch, slots })))
+        Ok(Self(Arc::new(Means {
+            settings,
+            identity,
+            spawner,
+            store,
+            view,
+            closure,
+            scratch,
+            slots,
+            broken: watch::Sender::new(false),
+        })))
     }
 
     /// Takes on a build: checks that this worker can do it and has its inputs, and waits for a slot.
@@ -132,18 +148,20 @@ impl Builder {
     /// # Cancel safety
     /// Dropping the future takes the request back.
     pub async fn start(&self, request: Request) -> Result<Build, Fault> {
-        let means = &self.0;
-        means.offers(&request)?;
         let request = Arc::new(request);
-        means.complete(&request).await?;
-        let slot = means.slots.acquire().await.map_err(Fault::Refused)?;
+        let check = {
+            let (means, request) = (Arc::clone(&self.0), Arc::clone(&request));
+            move || means.offers(&request).map_err(Fault::from).and_then(|()| means.has_inputs(&request))
+        };
+        blocking(check).await??;
+        let slot = self.0.slots.acquire().await?;
 
         let id = new_id().map_err(|error| WorkerError::new(WorkerPart::Program, error))?;
         let (sender, events) = mpsc::channel(EVENTS_IN_FLIGHT);
         let (tell_end, end) = oneshot::channel();
-        let lease = Arc::new(Lease { means: Arc::clone(means), slot });
-        let running = Running { lease, request, id: id.clone(), events: sender };
-        tokio::spawn(running.run(tell_end));
+        let lease = Arc::new(Lease { means: Arc::clone(&self.0), slot });
+        let running = Arc::new(Running { lease, request, id: id.clone() });
+        tokio::spawn(running.run(tell_end, sender));
         Ok(Build { id, events, end: Some(end) })
     }
 
@@ -152,47 +170,25 @@ impl Builder {
         self.0.slots.drain();
         self.0.slots.idle().await;
     }
+
+    /// Waits until this worker can do no more builds, whatever is asked of it: its spawner is gone.
+    pub async fn broken(&self) {
+        let mut broken = self.0.broken.subscribe();
+        // An error is impossible while `self` holds the sender.
+        let _ = broken.wait_for(|broken| *broken).await;
+    }
 }
 
 impl Means {
-    /// Whether this worker offers what the request needs.
-    fn offers(&self, request: &Request) -> Result<(), Unsupported> {
-        let needs = &request.constraints;
-        let offered = systems();
-        if let Some(wanted) = needs.system.as_ref().filter(|wanted| !offered.contains(wanted)) {
-            return Err(Unsupported::System { wanted: wanted.clone(), offered });
+    /// Refuses builds from now on if `fault` says that none can succeed.
+    fn notice(&self, fault: &Fault) {
+        if let Fault::Worker(error) = fault
+            && let Some(SpawnError::Gone) = error.source.downcast_ref()
+        {
+            tracing::error!("the spawner process is gone; no build is possible any more");
+            self.slots.drain();
+            self.broken.send_replace(true);
         }
-        if let Some(path) = needs.ro_paths.iter().find(|path| !self.settings.allows(path)) {
-            return Err(Unsupported::HostPath { path: path.clone() });
-        }
-        match (needs.network, self.settings.network) {
-            (Network::Required, NetworkPolicy::Refused) => return Err(Unsupported::NoNetwork),
-            (Network::Required, NetworkPolicy::Host) | (Network::None, _) => {}
-        }
-        match (needs.shell, &self.settings.shell) {
-            (Shell::Required, None) => Err(Unsupported::NoShell),
-            _ => Ok(()),
-        }
-    }
-
-    /// Whether all inputs are in the store.
-    async fn complete(self: &Arc<Self>, request: &Arc<Request>) -> Result<(), Fault> {
-        if request.inputs.is_empty() {
-            return Ok(());
-        }
-        let (means, request) = (Arc::clone(self), Arc::clone(request));
-        let missing = blocking(move || {
-            let roots = request.inputs.iter().map(|(name, node)| {
-                let path = request.inputs_dir.join(name).unwrap_or_else(|_| SandboxPath::root());
-                (path.to_string(), node)
-            });
-            means
-                .closure
-                .missing(&means.store, roots)
-                .map_err(|error| WorkerError::new(WorkerPart::Store, error))
-        });
-        let missing = missing.await??;
-        if missing.is_empty() { Ok(()) } else { Err(MissingInputs(missing).into()) }
     }
 }
 
@@ -225,25 +221,33 @@ struct Running {
     request: Arc<Request>,
     /// Its name, also of its directories in the view and on disk.
     id: String,
-    events: mpsc::Sender<Event>,
 }
 
 /// What a build holds of the worker.
-#[derive(Default)]
 struct Held {
+    cancel: Cancel,
+    sandbox: sandbox::Running,
     exposed: Option<Exposed>,
-    scratch: Option<Arc<Scratch>>,
-    sandbox: Option<sandbox::Running>,
-    /// Tells work in other threads to stop.
-    cancel: Arc<AtomicBool>,
+    scratch: Arc<Scratch>,
+}
+
+/// Tells work in other threads to stop, at the latest when it is dropped.
+#[derive(Default)]
+struct Cancel(Arc<AtomicBool>);
+
+impl Drop for Cancel {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 impl Held {
     /// Gives everything back, in the order that dependence demands.
     async fn release(self) {
-        self.cancel.store(true, Ordering::Relaxed);
-        if let Some(sandbox) = self.sandbox {
-            sandbox.end().await;
+        drop(self.cancel);
+        if tokio::time::timeout(END_PATIENCE, self.sandbox.end()).await.is_err() {
+            // A read that the view does not answer can't be killed; without the view it ends.
+            tracing::error!("a sandbox does not end although it was killed");
         }
         drop(self.exposed);
         // The last holder removes the directory; a thread that still reads outputs may be that one.
@@ -266,11 +270,18 @@ impl<E: Into<Fault>> From<E> for Stop {
 }
 
 impl Running {
-    async fn run(self, tell_end: oneshot::Sender<Result<(), Fault>>) {
-        let mut held = Held::default();
-        let ended = tokio::select! {
-            ended = self.stages(&mut held) => ended,
-            () = self.events.closed() => Err(Fault::Cancelled.into()),
+    async fn run(self: Arc<Self>, tell_end: oneshot::Sender<Result<(), Fault>>, events: mpsc::Sender<Event>) {
+        // Dropped with the last event, so that the stream ends while the rest is given back.
+        let _ = events.send(Event::Started { build_id: self.id.clone() }).await;
+        let (held, ended) = match self.prepare().await {
+            Ok((mut held, pipes, places)) => {
+                let ended = tokio::select! {
+                    ended = self.stages(&mut held, pipes, places, &events) => ended,
+                    () = events.closed() => Err(Fault::Cancelled.into()),
+                };
+                (Some(held), ended)
+            }
+            Err(fault) => (None, Err(fault.into())),
         };
         let (last, end) = match ended {
             Ok(outputs) => (Some(Event::Completed { outputs }), Ok(())),
@@ -279,47 +290,61 @@ impl Running {
         };
         if let Err(fault) = &end {
             tracing::info!(build = %self.id, %fault, "build ended without a result");
+            self.lease.notice(fault);
         }
         if let Some(last) = last {
             // A client that has gone does not want it.
-            let _ = self.events.send(last).await;
+            let _ = events.send(last).await;
         }
-        drop(self.events);
+        drop(events);
         let _ = tell_end.send(end);
-        held.release().await;
+        if let Some(held) = held {
+            held.release().await;
+        }
     }
 
-    /// All the way of a build.
-    async fn stages(&self, held: &mut Held) -> Result<Vec<Output>, Stop> {
-        self.send(Event::Started { build_id: self.id.clone() }).await?;
+    /// Everything up to the start of the command, in a thread where it may block.
+    async fn prepare(self: &Arc<Self>) -> Result<(Held, sandbox::Pipes, Vec<PathBuf>), Fault> {
+        let running = Arc::clone(self);
+        blocking(move || {
+            let Running { lease, request, id, .. } = &*running;
+            let exposed = running.expose()?;
+            let site = running.site(exposed.as_ref());
+            let Layout { plan, on_disk, outputs } = plan::lay_out(request, site);
+            let scratch = lease
+                .scratch
+                .create(id, &on_disk, &lease.identity, lease.slot_number())
+                .map_err(|error| WorkerError::new(WorkerPart::Scratch, error))?;
+            let (sandbox, pipes) = sandbox::Running::start(&lease.spawner, &plan)?;
+            let held = Held { cancel: Cancel::default(), sandbox, exposed, scratch: Arc::new(scratch) };
+            Ok((held, pipes, outputs))
+        })
+        .await?
+    }
 
-        let inputs = self.expose(held)?;
-        let Layout { plan, on_disk, outputs } = plan::lay_out(&self.request, self.site(inputs));
-        let scratch = self.make_scratch(held, on_disk).await?;
-
-        let (running, pipes) = sandbox::Running::start(&self.lease.spawner, &plan)?;
-        let running = held.sandbox.insert(running);
-        let report = self.follow(running, pipes, held.exposed.as_ref()).await?;
+    /// All the rest of a build's way.
+    async fn stages(
+        &self,
+        held: &mut Held,
+        pipes: sandbox::Pipes,
+        places: Vec<PathBuf>,
+        events: &mpsc::Sender<Event>,
+    ) -> Result<Vec<Output>, Stop> {
+        let report = follow(&mut held.sandbox, pipes, held.exposed.as_ref(), events).await?;
         sandbox::judge(report, &self.request)?;
-
-        self.take_in(outputs, scratch, &held.cancel).await
+        self.take_in(places, held, events.clone()).await
     }
 
-    async fn send(&self, event: Event) -> Result<(), Fault> {
-        self.events.send(event).await.map_err(|_| Fault::Cancelled)
-    }
-
-    /// Shows the inputs in the view, if there are any. Yields where.
-    fn expose(&self, held: &mut Held) -> Result<Option<PathBuf>, Fault> {
+    /// Shows the inputs in the view, if there are any.
+    fn expose(&self) -> Result<Option<Exposed>, WorkerError> {
         if self.request.inputs.is_empty() {
             return Ok(None);
         }
         let exposed = self.lease.view.expose(&self.id, self.request.inputs.clone());
-        let exposed = exposed.map_err(|error| WorkerError::new(WorkerPart::View, error))?;
-        Ok(Some(held.exposed.insert(exposed).path().into()))
+        exposed.map(Some).map_err(|error| WorkerError::new(WorkerPart::View, error))
     }
 
-    fn site(&self, inputs: Option<PathBuf>) -> Site {
+    fn site(&self, exposed: Option<&Exposed>) -> Site {
         let network_files = match self.request.constraints.network {
             Network::None => Vec::new(),
             // A host without one of them gives its builds none either.
@@ -330,72 +355,25 @@ impl Running {
         };
         Site {
             build_dir: self.lease.scratch.path_of(&self.id),
-            inputs,
+            inputs: exposed.map(|exposed| exposed.path().into()),
             ids: self.lease.identity.map(self.lease.slot_number()),
             shell: self.lease.settings.shell.clone(),
             network_files,
         }
     }
 
-    async fn make_scratch(&self, held: &mut Held, on_disk: Vec<plan::OnDisk>) -> Result<Arc<Scratch>, Fault> {
-        let (lease, id) = (Arc::clone(&self.lease), self.id.clone());
-        let made = blocking(move || {
-            lease.scratch.create(&id, &on_disk, &lease.identity, lease.slot_number()).map(Arc::new)
-        });
-        let scratch = made.await?.map_err(|error| WorkerError::new(WorkerPart::Scratch, error))?;
-        held.scratch = Some(Arc::clone(&scratch));
-        Ok(scratch)
-    }
-
-    /// Sends on what the build writes, until every process of it is dead and every byte was sent.
-    async fn follow(
-        &self,
-        running: &mut sandbox::Running,
-        pipes: sandbox::Pipes,
-        exposed: Option<&Exposed>,
-    ) -> Result<Report, Fault> {
-        let (tell_dead, dead) = oneshot::channel();
-        let report = async {
-            let report = running.report().await;
-            let _ = tell_dead.send(());
-            report
-        };
-        let dead = async {
-            let _ = dead.await;
-        };
-        let logs = logs::pump(pipes.stdout, pipes.stderr, dead, self.events.clone());
-        let faulted = async {
-            match exposed {
-                Some(exposed) => exposed.faulted().await,
-                None => std::future::pending().await,
-            }
-        };
-        let view_failed = |fault| WorkerError::new(WorkerPart::View, fault);
-        tokio::select! {
-            fault = faulted => Err(view_failed(fault).into()),
-            (report, logs) = async { tokio::join!(report, logs) } => {
-                // It may have come with the very last read. A build that met a fault is not to be judged.
-                if let Some(fault) = exposed.and_then(Exposed::fault) {
-                    return Err(view_failed(fault).into());
-                }
-                logs.map_err(Fault::from)?;
-                Ok(report?)
-            }
-        }
-    }
-
+    /// Takes the outputs into the store.
     async fn take_in(
         &self,
         places: Vec<PathBuf>,
-        scratch: Arc<Scratch>,
-        cancel: &Arc<AtomicBool>,
+        held: &Held,
+        events: mpsc::Sender<Event>,
     ) -> Result<Vec<Output>, Stop> {
-        let patterns = Patterns::new(&self.request.needles)
-            .map_err(|error| WorkerError::new(WorkerPart::Program, error))?;
-        let (lease, request, cancel) =
-            (Arc::clone(&self.lease), Arc::clone(&self.request), Arc::clone(cancel));
-        let events = self.events.clone();
+        let (lease, request) = (Arc::clone(&self.lease), Arc::clone(&self.request));
+        let (scratch, cancel) = (Arc::clone(&held.scratch), Arc::clone(&held.cancel.0));
         let taken = blocking(move || {
+            let patterns = Patterns::new(&request.needles)
+                .map_err(|error| IntakeError::from(WorkerError::new(WorkerPart::Program, error)))?;
             let (request, patterns, places) = (&*request, &patterns, places.as_slice());
             let intake =
                 Intake { request, patterns, places, scratch: &scratch, store: &lease.store, cancel: &cancel };
@@ -411,15 +389,47 @@ impl Running {
     }
 }
 
+/// Sends on what the build writes, until every process of it is dead and every byte was sent.
+async fn follow(
+    sandbox: &mut sandbox::Running,
+    pipes: sandbox::Pipes,
+    exposed: Option<&Exposed>,
+    events: &mpsc::Sender<Event>,
+) -> Result<Report, Fault> {
+    let (tell_dead, dead) = oneshot::channel();
+    let report = async {
+        let report = sandbox.report().await?;
+        let _ = tell_dead.send(());
+        Ok::<_, Fault>(report)
+    };
+    let logs = async {
+        let dead = async {
+            let _ = dead.await;
+        };
+        Ok(logs::pump(pipes.stdout, pipes.stderr, dead, events.clone()).await?)
+    };
+    let faulted = async {
+        match exposed {
+            Some(exposed) => exposed.faulted().await,
+            None => std::future::pending().await,
+        }
+    };
+    let view_failed = |fault| WorkerError::new(WorkerPart::View, fault).into();
+    let (report, ()) = tokio::select! {
+        fault = faulted => return Err(view_failed(fault)),
+        ended = async { tokio::try_join!(report, logs) } => ended?,
+    };
+    // It may have come with the very last read. A build that met a fault is not to be judged.
+    match exposed.and_then(Exposed::fault) {
+        Some(fault) => Err(view_failed(fault)),
+        None => Ok(report),
+    }
+}
+
 /// Runs `work` where it may block.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Fault> {
     let done = tokio::task::spawn_blocking(work).await;
     done.map_err(|error| WorkerError::new(WorkerPart::Program, error).into())
-}
-
-/// The platforms that this machine builds for, as Nix writes them.
-fn systems() -> Vec<String> {
-    vec![format!("{}-linux", std::env::consts::ARCH)]
 }
 
 /// A name for a build that nobody can guess.

@@ -39,6 +39,12 @@ pub enum IntakeError {
     Fault(Fault),
 }
 
+impl From<WorkerError> for IntakeError {
+    fn from(error: WorkerError) -> Self {
+        Self::Fault(error.into())
+    }
+}
+
 impl From<ScratchError> for IntakeError {
     fn from(error: ScratchError) -> Self {
         Self::Fault(WorkerError::new(WorkerPart::Scratch, error).into())

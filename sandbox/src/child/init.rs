@@ -6,7 +6,6 @@ use std::fs::File;
 use nix::errno::Errno;
 use nix::sys::personality::{self, Persona};
 use nix::sys::stat::{Mode, umask};
-use nix::sys::wait::{WaitStatus, wait};
 use nix::unistd::{self, ForkResult, Pid};
 
 use super::send;
@@ -42,13 +41,9 @@ pub fn run(plan: &Plan, report: &File) -> Result<(), SetupFailure> {
 /// Waits for the build, and for every orphan that comes before it.
 fn reap_until(build: Pid) -> ExitStatus {
     loop {
-        match wait() {
-            Ok(WaitStatus::Exited(pid, code)) if pid == build => return ExitStatus::Code(code),
-            Ok(WaitStatus::Signaled(pid, signal, _)) if pid == build => {
-                return ExitStatus::Signal(signal as i32);
-            }
-            // A signal without a name in `nix`: a real-time one.
-            Err(Errno::EINVAL) => return ExitStatus::Signal(libc::SIGRTMIN()),
+        match sys::wait() {
+            Ok((pid, status)) if pid == build => return status,
+            // Nobody else can have reaped it; not to wait for ever is all that is left.
             Err(Errno::ECHILD) => return ExitStatus::Signal(libc::SIGKILL),
             _ => {}
         }

@@ -9,6 +9,7 @@ mod rootfs;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::panic::AssertUnwindSafe;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -36,7 +37,15 @@ pub struct Streams {
 
 /// Runs as pid 1 of the new namespaces and never comes back.
 pub fn run(plan: &Plan, streams: Streams) -> ! {
-    let code = match streams.arrange() {
+    // A panic must end here: further up the stack lies what belongs to the spawner.
+    let code = std::panic::catch_unwind(AssertUnwindSafe(|| first_process(plan, streams))).unwrap_or(1);
+    // SAFETY: ends the process at once. Nothing of this copy of the spawner may run any further: neither its
+    // destructors nor what it registered to run at exit.
+    unsafe { libc::_exit(code) }
+}
+
+fn first_process(plan: &Plan, streams: Streams) -> i32 {
+    match streams.arrange() {
         Ok(Arranged { report, go }) => match set_up(plan, go).and_then(|()| init::run(plan, &report)) {
             Ok(()) => 0,
             Err(failure) => {
@@ -45,10 +54,7 @@ pub fn run(plan: &Plan, streams: Streams) -> ! {
             }
         },
         Err(_) => 1,
-    };
-    // SAFETY: ends the process at once. Nothing of this copy of the spawner may run any further: neither its
-    // destructors nor what it registered to run at exit.
-    unsafe { libc::_exit(code) }
+    }
 }
 
 fn set_up(plan: &Plan, mut go: File) -> Result<(), SetupFailure> {

@@ -151,12 +151,13 @@ fn fill(root: BorrowedFd<'_>, plan: &Plan, sources: &[Source]) -> Result<(), Set
 fn make_entry(root: BorrowedFd<'_>, entry: &Entry) -> Result<(), SetupFailure> {
     let (path, made) = match entry {
         Entry::Directory { path, mode } => {
-            let made = walk(root, path, Kind::Directory).and_then(|_| {
-                // A descriptor of O_PATH can't be changed through.
-                let directory =
-                    openat(root, path.as_path(), OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
-                fchmod(directory, Mode::from_bits_truncate(*mode))
-            });
+            let made =
+                walk(root, path, Kind::Directory).and_then(|_| parent(root, path)).and_then(|(dir, name)| {
+                    // A descriptor of O_PATH, which `walk` gives, can't be changed through.
+                    let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+                    let directory = openat(dir, name, flags, Mode::empty())?;
+                    fchmod(directory, Mode::from_bits_truncate(*mode))
+                });
             (path, made)
         }
         Entry::File { path, mode, contents } => {

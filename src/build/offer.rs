@@ -1,0 +1,59 @@
+//! Whether this worker can carry out a request: what it offers, and whether it has the inputs.
+
+use nix::sys::sysinfo::sysinfo;
+
+use super::Means;
+use super::error::{Fault, MissingInputs, Unsupported, WorkerError, WorkerPart};
+use super::request::{Network, Request, SandboxPath, Shell};
+use crate::config::NetworkPolicy;
+
+impl Means {
+    /// Checks that this worker offers what the request needs. It may look at the disk.
+    pub(super) fn offers(&self, request: &Request) -> Result<(), Unsupported> {
+        let needs = &request.constraints;
+        let offered = systems();
+        if let Some(wanted) = needs.system.as_ref().filter(|wanted| !offered.contains(wanted)) {
+            return Err(Unsupported::System { wanted: wanted.clone(), offered });
+        }
+        // A machine that can't tell its memory is given the benefit of the doubt.
+        if let Ok(offered) = sysinfo().map(|info| info.ram_total())
+            && needs.min_memory > offered
+        {
+            return Err(Unsupported::Memory { wanted: needs.min_memory, offered });
+        }
+        for path in &needs.ro_paths {
+            if !self.settings.allows(path) {
+                return Err(Unsupported::HostPath { path: path.clone() });
+            }
+            if let Err(source) = path.metadata() {
+                return Err(Unsupported::HostPathMissing { path: path.clone(), source });
+            }
+        }
+        match (needs.network, self.settings.network) {
+            (Network::Required, NetworkPolicy::Refused) => return Err(Unsupported::NoNetwork),
+            (Network::Required, NetworkPolicy::Host) | (Network::None, _) => {}
+        }
+        match (needs.shell, &self.settings.shell) {
+            (Shell::Required, None) => Err(Unsupported::NoShell),
+            _ => Ok(()),
+        }
+    }
+
+    /// Checks that all inputs are in the store. It blocks.
+    pub(super) fn has_inputs(&self, request: &Request) -> Result<(), Fault> {
+        let roots = request.inputs.iter().map(|(name, node)| {
+            let path = request.inputs_dir.join(name).unwrap_or_else(|_| SandboxPath::root());
+            (path.to_string(), node)
+        });
+        let missing = self
+            .closure
+            .missing(&self.store, roots)
+            .map_err(|error| WorkerError::new(WorkerPart::Store, error))?;
+        if missing.is_empty() { Ok(()) } else { Err(MissingInputs(missing).into()) }
+    }
+}
+
+/// The platforms that this machine builds for, as Nix writes them.
+fn systems() -> Vec<String> {
+    vec![format!("{}-linux", std::env::consts::ARCH)]
+}
