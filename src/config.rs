@@ -1,5 +1,6 @@
 //! Settings of a worker: one definition, whatever they come from.
 
+use std::io;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
@@ -57,9 +58,18 @@ impl Settings {
         }
     }
 
-    /// Whether builds may see the host's `path`. It is compared as it is written: nothing is looked up.
-    pub fn allows(&self, path: &Path) -> bool {
-        self.allowed_host_paths.iter().any(|allowed| path.starts_with(allowed))
+    /// Whether builds may see the host's `path`: it lies under an allowed one as it is written, and also where symbolic
+    /// links lead, so that nobody who may write there can lead elsewhere.
+    ///
+    /// # Errors
+    /// Where the path can't be looked up.
+    pub fn allows(&self, path: &Path) -> io::Result<bool> {
+        let mut under = self.allowed_host_paths.iter().filter(|allowed| path.starts_with(allowed)).peekable();
+        if under.peek().is_none() {
+            return Ok(false);
+        }
+        let real = path.canonicalize()?;
+        Ok(under.any(|allowed| allowed.canonicalize().is_ok_and(|allowed| real.starts_with(allowed))))
     }
 }
 

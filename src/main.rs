@@ -3,5 +3,6 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    cofferdam_sandbox::serve_if_spawner();
     cofferdam::cli::main(std::env::args_os())
 }

@@ -3,14 +3,15 @@
 //! It takes two steps. [`Groundwork::lay`] does what must be done while the program has one thread;
 //! [`Groundwork::build`] may then start as many as it likes.
 
-use std::fs::{DirBuilder, File, TryLockError};
+use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::io;
 use std::num::NonZeroUsize;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use cofferdam_sandbox::ids::{EnterError, Entered};
+use cofferdam_sandbox::ids::{EnterError, Entered, IdClaim};
 use cofferdam_sandbox::{Identity, Leftovers, SpawnError, Spawner};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -18,6 +19,9 @@ use crate::build::{Builder, ScratchError};
 use crate::castore::{LocalStore, Store, StoreError};
 use crate::config::{Lifetime, Settings};
 use crate::view::{View, ViewError};
+
+/// The file by which a state directory is known and locked.
+const LOCK: &str = "cofferdam.lock";
 
 /// How long to wait for a worker that has ended, but whose sandboxes are still being removed.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
@@ -31,6 +35,7 @@ pub struct Groundwork {
     identity: Identity,
     spawner: Spawner,
     state: StateDir,
+    claim: Option<IdClaim>,
 }
 
 /// A worker: what the daemon serves, and what one-shot builds use in-process.
@@ -41,6 +46,7 @@ pub struct Worker {
     pub builder: Builder,
     // Last: while anything of the worker lives, the state directory is its own.
     _state: StateDir,
+    _claim: Option<IdClaim>,
 }
 
 /// Why there is no worker.
@@ -72,6 +78,20 @@ pub enum WorkerStartError {
         /// Its permission bits.
         mode: u32,
     },
+    /// The state directory belongs to someone else.
+    #[error("the state directory {path} belongs to user {owner}, not to the one who runs this")]
+    Foreign {
+        /// The directory.
+        path: PathBuf,
+        /// Whose it is.
+        owner: u32,
+    },
+    /// The directory has been used for something else.
+    #[error("{path} is not empty and no state directory of cofferdam; choose another with --state-dir")]
+    NotEmpty {
+        /// The directory.
+        path: PathBuf,
+    },
     /// There are no namespaces to be had.
     #[error(transparent)]
     Enter(#[from] EnterError),
@@ -99,10 +119,16 @@ impl Groundwork {
     pub fn lay(settings: Settings) -> Result<Self, WorkerStartError> {
         // The lock before the fork: the spawner holds it too, until it has removed what builds left.
         let state = StateDir::take(&settings.state_dir, settings.lifetime)?;
-        let Entered { identity, note } = cofferdam_sandbox::ids::enter()?;
+        let Entered { identity, note, kept_groups, claim } = cofferdam_sandbox::ids::enter()?;
         match note {
             Some(note) => tracing::info!(%identity, "builds share one id: {note}"),
             None => tracing::debug!(%identity, "identities"),
+        }
+        if !kept_groups.is_empty() {
+            tracing::warn!(
+                "builds may read what groups {kept_groups:?} of this user may: with one id the kernel lets nobody drop them \
+                 (give the user ranges in /etc/subuid and /etc/subgid)"
+            );
         }
         let tree = match settings.lifetime {
             Lifetime::Lasting => state.builds(),
@@ -110,8 +136,9 @@ impl Groundwork {
         };
         // The spawner, too, takes some for each sandbox.
         raise_descriptor_limit();
-        let spawner = Spawner::start(Leftovers { mounts: vec![state.view()], trees: vec![tree] })?;
-        Ok(Self { settings, identity, spawner, state })
+        let spawner =
+            Spawner::start(&Leftovers { mounts: vec![state.view()], trees: vec![tree] }, state.lock.as_fd())?;
+        Ok(Self { settings, identity, spawner, state, claim })
     }
 
     /// Opens the store, mounts the view, and puts the builder over them.
@@ -119,7 +146,7 @@ impl Groundwork {
     /// # Errors
     /// Where one of them can't be had.
     pub fn build(self) -> Result<Worker, WorkerStartError> {
-        let Self { mut settings, identity, spawner, state } = self;
+        let Self { mut settings, identity, spawner, state, claim } = self;
         if let Some(slots) = identity.slots().and_then(|slots| NonZeroUsize::new(slots as usize)) {
             settings.max_builds = settings.max_builds.min(slots);
         }
@@ -130,7 +157,7 @@ impl Groundwork {
         let threads = cpus.saturating_mul(NonZeroUsize::new(VIEW_THREADS_PER_CPU).unwrap_or(cpus));
         let view = View::mount(store.clone(), &at, identity.inputs_owner(), threads)?;
         let builder = Builder::new(settings, identity, spawner, store.clone(), view, &state.builds())?;
-        Ok(Worker { store, builder, _state: state })
+        Ok(Worker { store, builder, _state: state, _claim: claim })
     }
 }
 
@@ -149,7 +176,7 @@ pub struct StateDir {
     path: PathBuf,
     lifetime: Lifetime,
     /// Locked as long as any copy of it is open, and the spawner has one.
-    _lock: File,
+    lock: File,
 }
 
 impl StateDir {
@@ -162,13 +189,30 @@ impl StateDir {
         DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(fail("make"))?;
         // Also the spawner goes by this path, from another working directory.
         let path = path.canonicalize().map_err(fail("find"))?;
-        let mode = path.metadata().map_err(fail("look at"))?.permissions().mode();
-        if mode & 0o022 != 0 {
-            return Err(WorkerStartError::Writable { path, mode: mode & 0o7777 });
-        }
-        let lock = File::create(path.join("lock")).map_err(fail("lock"))?;
+        Self::check(&path)?;
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+        let lock = options.open(path.join(LOCK)).map_err(fail("lock"))?;
         let lock = Self::lock(lock, &path)?;
-        Ok(Self { path, lifetime, _lock: lock })
+        Ok(Self { path, lifetime, lock })
+    }
+
+    /// Refuses a directory that others can change, or that holds something else: parts of it will be emptied.
+    fn check(path: &Path) -> Result<(), WorkerStartError> {
+        let fail = |act| move |source| WorkerStartError::State { act, path: path.into(), source };
+        let found = path.metadata().map_err(fail("look at"))?;
+        let mode = found.permissions().mode();
+        if mode & 0o022 != 0 {
+            return Err(WorkerStartError::Writable { path: path.into(), mode: mode & 0o7777 });
+        }
+        if found.uid() != nix::unistd::Uid::effective().as_raw() {
+            return Err(WorkerStartError::Foreign { path: path.into(), owner: found.uid() });
+        }
+        let mut entries = path.read_dir().map_err(fail("read"))?.peekable();
+        if entries.peek().is_some() && path.join(LOCK).symlink_metadata().is_err() {
+            return Err(WorkerStartError::NotEmpty { path: path.into() });
+        }
+        Ok(())
     }
 
     fn lock(file: File, path: &Path) -> Result<File, WorkerStartError> {

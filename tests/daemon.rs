@@ -391,9 +391,9 @@ fn build_command(case: &Case) {
 
 fn build_command_without_a_daemon(case: &Case) {
     let path = example(case);
-    finish(case.cofferdam(["build", &path])).code(125).complains("--allow-host-path");
+    finish(case.cofferdam(["build", &path, "--state-dir", "state"])).code(125).complains("--allow-host-path");
     let allowed = host_tools().into_iter().flat_map(|path| ["--allow-host-path", path]);
-    let mut build = case.cofferdam(["build", &path]);
+    let mut build = case.cofferdam(["build", &path, "--state-dir", "state"]);
     build.args(allowed);
     finish(build).code(0).says("Hello from a request.\n");
     let table = [

@@ -12,7 +12,8 @@ use std::fmt;
 use std::fs;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use nix::errno::Errno;
@@ -175,6 +176,40 @@ pub struct Entered {
     pub identity: Identity,
     /// Why it is not a stronger one, where that can be changed.
     pub note: Option<String>,
+    /// Supplementary groups that builds keep.
+    pub kept_groups: Vec<u32>,
+    /// Keeps other programs of root off these ids.
+    pub claim: Option<IdClaim>,
+}
+
+/// A claim to a part of root's range of ids, which lasts as long as this value.
+#[derive(Debug)]
+pub struct IdClaim {
+    _lock: fs::File,
+}
+
+/// Where claims are made, a file for each part of the range.
+const CLAIMS: &str = "/run/cofferdam-ids";
+/// How many programs of root can each have a part.
+const CLAIM_PARTS: u32 = 32;
+
+impl IdClaim {
+    /// Takes a part of `range` that no other program has. `None` where no claim can be made or all parts are taken.
+    fn make(range: IdRange) -> Option<(IdRange, Self)> {
+        let made = fs::DirBuilder::new().mode(0o700).create(CLAIMS);
+        if made.is_err_and(|error| error.kind() != io::ErrorKind::AlreadyExists) {
+            return None;
+        }
+        let len = range.len / CLAIM_PARTS;
+        (0..CLAIM_PARTS).find_map(|part| {
+            let first = range.first + part * len;
+            let mut options = fs::OpenOptions::new();
+            options.write(true).create(true).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+            let lock = options.open(Path::new(CLAIMS).join(first.to_string())).ok()?;
+            lock.try_lock().ok()?;
+            Some((IdRange { first, len }, Self { _lock: lock }))
+        })
+    }
 }
 
 /// Why the program could not get namespaces of its own.
@@ -237,13 +272,20 @@ fn enter_as_root() -> Result<Entered, EnterError> {
     unshare(CloneFlags::CLONE_NEWNS).map_err(EnterError::MountNamespace)?;
     // Builds under an id of their own drop them anyway. A container that forbids it has none to drop, most likely.
     let _ = unistd::setgroups(&[]);
-    Ok(match (uids, gids) {
-        (Some(uids), Some(gids)) => Entered { identity: Identity::Root { uids, gids }, note: None },
-        _ => Entered {
-            identity: Identity::Single,
-            note: Some("this container gives its root too few ids for builds to have their own".into()),
-        },
-    })
+    let kept_groups = Vec::new();
+    let (Some(uids), Some(gids)) = (uids, gids) else {
+        let note = Some("this container gives its root too few ids for builds to have their own".into());
+        return Ok(Entered { identity: Identity::Single, note, kept_groups, claim: None });
+    };
+    // Groups go with the users: who has claimed the one has the other.
+    let (uids, gids, claim) = match IdClaim::make(uids) {
+        Some((part, claim)) => {
+            let gids = IdRange { first: gids.first + (part.first - uids.first), len: part.len };
+            (part, gids, Some(claim))
+        }
+        None => (uids, gids, None),
+    };
+    Ok(Entered { identity: Identity::Root { uids, gids }, note: None, kept_groups, claim })
 }
 
 /// Ids that no one uses, out of an id map as `/proc/PID/uid_map` shows it.
@@ -270,6 +312,8 @@ fn free_range(map: &str) -> Option<IdRange> {
 
 fn enter_unprivileged() -> Result<Entered, EnterError> {
     let (uid, gid) = (Uid::effective(), Gid::effective());
+    // Inside of the namespace they will all look like nobody's.
+    let groups = unistd::getgroups().unwrap_or_default();
     let namespaces = CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS;
     let missing = match Subordinate::find(uid) {
         Ok(ranges) => {
@@ -280,7 +324,8 @@ fn enter_unprivileged() -> Result<Entered, EnterError> {
                     // Allowed, because the map was written with privilege; if not, a build can't either.
                     let _ = unistd::setgroups(&[]);
                     let len = ranges.uids.len.min(ranges.gids.len);
-                    return Ok(Entered { identity: Identity::Range { len }, note: None });
+                    let (identity, kept_groups) = (Identity::Range { len }, Vec::new());
+                    return Ok(Entered { identity, note: None, kept_groups, claim: None });
                 }
                 Err(why) => why,
             }
@@ -294,7 +339,8 @@ fn enter_unprivileged() -> Result<Entered, EnterError> {
     write_map("/proc/self/setgroups", "deny")?;
     write_map("/proc/self/uid_map", &format!("0 {uid} 1"))?;
     write_map("/proc/self/gid_map", &format!("0 {gid} 1"))?;
-    Ok(Entered { identity: Identity::Single, note: Some(missing) })
+    let kept_groups = groups.into_iter().filter(|group| *group != gid).map(Gid::as_raw).collect();
+    Ok(Entered { identity: Identity::Single, note: Some(missing), kept_groups, claim: None })
 }
 
 fn write_map(file: &'static str, text: &str) -> Result<(), EnterError> {

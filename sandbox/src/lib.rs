@@ -3,14 +3,14 @@
 //! ```text
 //! main process                     spawner                          sandbox
 //! ids::enter() ── own namespaces
-//! Spawner::start() ───── fork ───▶ serves, single-threaded
+//! Spawner::start() ───── exec ───▶ serves, single-threaded
 //! spawner.spawn(plan) ── memfd ──▶ clone3, id maps ───────────────▶ child: pid 1, the build: pid 2
 //! Report::from_bytes() ◀────────── waits, words the end ◀────────── status pipe
 //! ```
 //!
-//! [`Plan`] says what the command will see: plain data, made without a system call. The spawner is forked
-//! before the program has threads, so the child may allocate and take its time between `clone3` and
-//! `execve`. This crate knows nothing of builds, stores or gRPC.
+//! [`Plan`] says what the command will see: plain data, made without a system call. The spawner is a process of
+//! its own with one thread, so the child may allocate and take its time between `clone3` and `execve`; it is this very
+//! program, so `main` begins with [`serve_if_spawner`]. This crate knows nothing of builds, stores or gRPC.
 //!
 //! Nothing here mounts anything on the host: [`ids::enter`] moves the program into a mount namespace of
 //! its own, and every sandbox has one below that.
@@ -28,4 +28,4 @@ mod sys;
 pub use ids::{IdMap, Identity, Owner};
 pub use plan::{Access, Command, Entry, Layer, Mount, MountPoint, Network, Plan};
 pub use report::{ExitStatus, Report, SetupFailure, Step};
-pub use spawner::{Leftovers, Sandbox, SpawnError, Spawner, Stdio};
+pub use spawner::{Leftovers, Sandbox, SpawnError, Spawner, Stdio, serve_if_spawner};

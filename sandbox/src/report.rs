@@ -146,6 +146,9 @@ impl Step {
             (Step::Clone, Errno::EPERM | Errno::EACCES) => Some(
                 "user namespaces are not allowed here; see kernel.unprivileged_userns_clone and AppArmor",
             ),
+            (Step::OpenSource, Errno::EACCES) => Some(
+                "a directory on the way to it is closed to the sandbox, which has no more rights than its owner's id",
+            ),
             (Step::Clone, Errno::ENOSPC | Errno::EUSERS) => Some("see user.max_*_namespaces in /proc/sys"),
             (Step::Mount, Errno::EPERM) if object == "proc" => Some(
                 "a container that masks parts of /proc forbids a fresh one; run it with an unmasked /proc",

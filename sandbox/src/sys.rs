@@ -246,32 +246,6 @@ pub fn execve(program: &CStr, arguments: &[CString], environment: &[CString]) ->
     }
 }
 
-/// Overwrites the command line and environment that `/proc/PID/` shows of this process.
-///
-/// # Safety
-/// Nothing may read the program's arguments or environment afterwards: std's accessors, `getenv`, or
-/// values borrowed from them.
-pub unsafe fn overwrite_command_line(title: &[u8]) {
-    let Ok(stat) = std::fs::read_to_string("/proc/self/stat") else { return };
-    // proc_pid_stat(5): arg_start, arg_end, env_start and env_end are fields 48 to 51. Counting starts behind
-    // the command name, field 2, which may contain anything and ends with the last parenthesis.
-    let Some((_, fields)) = stat.rsplit_once(") ") else { return };
-    let fields: Vec<usize> = fields.split(' ').skip(48 - 3).take(4).filter_map(|f| f.parse().ok()).collect();
-    let [arg_start, arg_end, env_start, env_end] = fields[..] else { return };
-    for (start, end, text) in [(arg_start, arg_end, title), (env_start, env_end, &b""[..])] {
-        if start == 0 || end <= start {
-            continue;
-        }
-        let text = &text[..text.len().min(end - start - 1)];
-        // SAFETY: the kernel put the strings of execve between these addresses, on this process's stack,
-        // which stays mapped and writable; the caller upholds that nobody reads them.
-        unsafe {
-            std::ptr::write_bytes(start as *mut u8, 0, end - start);
-            std::ptr::copy_nonoverlapping(text.as_ptr(), start as *mut u8, text.len());
-        }
-    }
-}
-
 /// Sets the NIS domain name of this UTS namespace.
 pub fn set_domain_name(name: &str) -> Result<(), Errno> {
     // SAFETY: pointer and length are those of a live string.

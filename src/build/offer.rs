@@ -22,11 +22,10 @@ impl Means {
             return Err(Unsupported::Memory { wanted: needs.min_memory, offered });
         }
         for path in &needs.ro_paths {
-            if !self.settings.allows(path) {
-                return Err(Unsupported::HostPath { path: path.clone() });
-            }
-            if let Err(source) = path.metadata() {
-                return Err(Unsupported::HostPathMissing { path: path.clone(), source });
+            match self.settings.allows(path) {
+                Ok(true) => {}
+                Ok(false) => return Err(Unsupported::HostPath { path: path.clone() }),
+                Err(source) => return Err(Unsupported::HostPathMissing { path: path.clone(), source }),
             }
         }
         match (needs.network, self.settings.network) {
