@@ -18,6 +18,9 @@ pub mod request;
 mod sandbox;
 mod scratch;
 
+#[cfg(test)]
+mod roundtrip;
+
 use std::future::Future;
 use std::io::Read;
 use std::path::PathBuf;

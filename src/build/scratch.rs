@@ -23,7 +23,7 @@ pub struct ScratchRoot {
     path: PathBuf,
 }
 
-/// The directory of one build. Dropping it removes it, in the background if there is an executor.
+/// The directory of one build. Dropping it removes it with all it holds, which blocks for as long as that takes.
 #[derive(Debug)]
 pub struct Scratch {
     root: ScratchRoot,
@@ -86,15 +86,8 @@ impl ScratchRoot {
         // From here on dropping it cleans up.
         let scratch = Scratch { root: self.clone(), name, dir: Arc::new(dir) };
         for item in layout {
-            let (path, made) = match item {
-                OnDisk::Directory { path, mode, owner } => {
-                    (path, make_directory(scratch.dir.as_fd(), path, *mode, owner_of(*owner, identity, slot)))
-                }
-                OnDisk::File { path, contents } => {
-                    (path, make_file(scratch.dir.as_fd(), path, contents, identity.build_owner(slot)))
-                }
-            };
-            made.map_err(fail("make", path))?;
+            let (OnDisk::Directory { path, .. } | OnDisk::File { path, .. }) = item;
+            scratch.make(item, identity, slot).map_err(fail("make", path))?;
         }
         Ok(scratch)
     }
@@ -111,6 +104,19 @@ impl Scratch {
             Ok(dir) => Ok(Some(dir)),
             Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => Ok(None),
             Err(errno) => Err(fail("open", path)(errno)),
+        }
+    }
+
+    fn make(&self, item: &OnDisk, identity: &Identity, slot: u32) -> Result<(), Errno> {
+        let (OnDisk::Directory { path, .. } | OnDisk::File { path, .. }) = item;
+        let build = identity.build_owner(slot);
+        let parent = make_parent(self.dir.as_fd(), path, build)?;
+        let name = path.file_name().ok_or(Errno::EINVAL)?;
+        match item {
+            OnDisk::Directory { mode, owner, .. } => {
+                make_directory(&parent, name, *mode, owner_of(*owner, identity, slot))
+            }
+            OnDisk::File { contents, .. } => make_file(&parent, name, contents, build),
         }
     }
 
@@ -143,26 +149,35 @@ fn owner_of(role: Role, identity: &Identity, slot: u32) -> Option<Owner> {
     }
 }
 
-fn make_directory(dir: BorrowedFd<'_>, path: &Path, mode: u32, owner: Option<Owner>) -> Result<(), Errno> {
-    let made = walk(dir, path, |dir, name| mkdirat(dir, name, Mode::S_IRWXU))?;
-    if let Some(owner) = owner {
-        fchown(&made, Some(Uid::from_raw(owner.uid)), Some(Gid::from_raw(owner.gid)))?;
+/// The directory that `path` lies in, made if it isn't there: the build's own, and open to all.
+fn make_parent(dir: BorrowedFd<'_>, path: &Path, owner: Owner) -> Result<OwnedFd, Errno> {
+    walk(dir, path.parent().unwrap_or(Path::new("")), |dir, name| {
+        mkdirat(dir, name, Mode::from_bits_truncate(0o755))?;
+        let (uid, gid) = ids(owner);
+        fchownat(dir, name, uid, gid, AtFlags::AT_SYMLINK_NOFOLLOW)
+    })
+}
+
+fn make_directory(parent: &OwnedFd, name: &OsStr, mode: u32, owner: Option<Owner>) -> Result<(), Errno> {
+    mkdirat(parent, name, Mode::S_IRWXU)?;
+    let made = open_dir(parent.as_fd(), name)?;
+    if let Some((uid, gid)) = owner.map(ids) {
+        fchown(&made, uid, gid)?;
     }
     // After the change of owner, which may clear bits.
     fchmod(&made, Mode::from_bits_truncate(mode))
 }
 
-fn make_file(dir: BorrowedFd<'_>, path: &Path, contents: &[u8], owner: Owner) -> Result<(), Errno> {
-    let ids = (Some(Uid::from_raw(owner.uid)), Some(Gid::from_raw(owner.gid)));
-    let parent = walk(dir, path.parent().unwrap_or(Path::new("")), |dir, name| {
-        mkdirat(dir, name, Mode::from_bits_truncate(0o755))?;
-        fchownat(dir, name, ids.0, ids.1, AtFlags::AT_SYMLINK_NOFOLLOW)
-    })?;
-    let name = path.file_name().ok_or(Errno::EINVAL)?;
+fn make_file(parent: &OwnedFd, name: &OsStr, contents: &[u8], owner: Owner) -> Result<(), Errno> {
     let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let mut file = File::from(openat(&parent, name, flags, Mode::from_bits_truncate(0o644))?);
+    let mut file = File::from(openat(parent, name, flags, Mode::from_bits_truncate(0o644))?);
     file.write_all(contents).map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
-    fchown(&file, ids.0, ids.1)
+    let (uid, gid) = ids(owner);
+    fchown(&file, uid, gid)
+}
+
+fn ids(owner: Owner) -> (Option<Uid>, Option<Gid>) {
+    (Some(Uid::from_raw(owner.uid)), Some(Gid::from_raw(owner.gid)))
 }
 
 /// Walks to the directory at `path` without following a link, and calls `make` on what isn't there.

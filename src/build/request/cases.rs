@@ -113,6 +113,7 @@ const REFUSALS: &[(Edit, &str)] = &[
     (|r| r.working_dir = "proc/self".to_owned(), "working_dir: \"proc/self\" lies in /proc, which the sandbox furnishes itself"),
     (|r| r.working_dir = "nix/store/file".to_owned(), "working_dir: \"nix/store/file\" is also the input \"nix/store/file\""),
     (|r| r.working_dir = "nix/store/file/x".to_owned(), "working_dir: \"nix/store/file/x\" lies within the input \"nix/store/file\""),
+    (|r| r.working_dir = "bin/sh".to_owned(), "working_dir: \"bin/sh\" is also the shell that constraints.provide_bin_sh asks for, \"bin/sh\""),
     // Scratch paths.
     (|r| r.scratch_paths[0] = String::new(), "scratch_paths[0]: the path is empty"),
     (|r| r.scratch_paths[0] = "a//b".to_owned(), "scratch_paths[0]: the path has two slashes in a row"),
@@ -182,6 +183,29 @@ const REFUSALS: &[(Edit, &str)] = &[
     (|r| with_constraints(r).available_ro_paths[0] = "/usr\0".to_owned(), "constraints.available_ro_paths[0]: the path contains a NUL byte"),
     (|r| with_constraints(r).available_ro_paths = strings(["/b", "/a", "/b"]), "constraints.available_ro_paths[2]: \"/b\" stands twice"),
     (|r| with_constraints(r).available_ro_paths = vec!["/a".to_owned(); 1001], "constraints.available_ro_paths: has 1001 items; at most 1000 are possible"),
+    (|r| with_constraints(r).available_ro_paths = strings(["/proc"]), "constraints.available_ro_paths[0]: \"proc\" lies in /proc, which the sandbox furnishes itself"),
+    (|r| with_constraints(r).available_ro_paths = strings(["/proc/sys"]), "constraints.available_ro_paths[0]: \"proc/sys\" lies in /proc, which the sandbox furnishes itself"),
+    (|r| with_constraints(r).available_ro_paths = strings(["/tmp"]), "constraints.available_ro_paths[0]: \"tmp\" lies in /tmp, which the sandbox furnishes itself"),
+    (|r| with_constraints(r).available_ro_paths = strings(["/dev"]), "constraints.available_ro_paths[0]: \"dev\" lies in /dev, which the sandbox furnishes itself"),
+    (|r| with_constraints(r).available_ro_paths = strings(["/dev/fd"]), "constraints.available_ro_paths[0]: \"dev/fd\" lies in /dev, which the sandbox furnishes itself"),
+    (|r| with_constraints(r).available_ro_paths = strings(["/dev/shm/x"]), "constraints.available_ro_paths[0]: \"dev/shm/x\" lies in /dev, which the sandbox furnishes itself"),
+    (|r| with_constraints(r).available_ro_paths = strings(["/bin/sh"]), "constraints.available_ro_paths[0]: \"bin/sh\" is also the shell that constraints.provide_bin_sh asks for, \"bin/sh\""),
+    (|r| with_constraints(r).available_ro_paths = strings(["/bin"]), "constraints.available_ro_paths[0]: \"bin\" contains the shell that constraints.provide_bin_sh asks for, \"bin/sh\""),
+    (|r| with_constraints(r).available_ro_paths = strings(["/build"]), "constraints.available_ro_paths[0]: \"build\" is also the scratch path \"build\""),
+    (|r| with_constraints(r).available_ro_paths = strings(["/nix"]), "constraints.available_ro_paths[0]: \"nix\" contains the input \"nix/store/dir\""),
+    (|r| with_constraints(r).available_ro_paths = strings(["/nix/store"]), "constraints.available_ro_paths[0]: \"nix/store\" contains the input \"nix/store/dir\""),
+    (|r| with_constraints(r).available_ro_paths = strings(["/nix/store/dir"]), "constraints.available_ro_paths[0]: \"nix/store/dir\" is also the input \"nix/store/dir\""),
+    (|r| with_constraints(r).available_ro_paths = strings(["/nix/store/dir/sub"]), "constraints.available_ro_paths[0]: \"nix/store/dir/sub\" lies within the input \"nix/store/dir\""),
+    (|r| { r.inputs.clear(); with_constraints(r).available_ro_paths = strings(["/nix"]) }, "constraints.available_ro_paths[0]: \"nix\" contains the scratch path \"nix/store\""),
+    (|r| with_constraints(r).available_ro_paths = strings(["/nix/store/out"]), "constraints.available_ro_paths[0]: \"nix/store/out\" is also the output \"nix/store/out\""),
+    (|r| with_constraints(r).available_ro_paths = strings(["/nix/store/out/lib"]), "constraints.available_ro_paths[0]: \"nix/store/out/lib\" lies within the output \"nix/store/out\""),
+    (|r| { r.outputs = strings(["build/a/out"]); with_constraints(r).available_ro_paths = strings(["/build/a"]) }, "constraints.available_ro_paths[0]: \"build/a\" contains the output \"build/a/out\""),
+    (|r| { r.scratch_paths.insert(1, "build/a/b".to_owned()); with_constraints(r).available_ro_paths = strings(["/build/a"]) }, "constraints.available_ro_paths[0]: \"build/a\" contains the scratch path \"build/a/b\""),
+    (|r| with_constraints(r).available_ro_paths = strings(["/etc"]), "constraints.available_ro_paths[0]: \"etc\" contains the additional file \"etc/extra\""),
+    (|r| with_constraints(r).available_ro_paths = strings(["/etc/extra"]), "constraints.available_ro_paths[0]: \"etc/extra\" is also the additional file \"etc/extra\""),
+    (|r| with_constraints(r).available_ro_paths = strings(["/etc/extra/x"]), "constraints.available_ro_paths[0]: \"etc/extra/x\" lies within the additional file \"etc/extra\""),
+    (|r| { rooted(r); with_constraints(r).available_ro_paths = strings(["/init"]) }, "constraints.available_ro_paths[0]: \"init\" is also the input \"init\""),
+    (|r| { rooted(r); with_constraints(r).available_ro_paths = strings(["/lib/x"]) }, "constraints.available_ro_paths[0]: \"lib/x\" lies within the input \"lib\""),
     // Additional files.
     (|r| r.additional_files[0].path.clear(), "additional_files[0].path: the path is empty"),
     (|r| r.additional_files[0].path = "../x".to_owned(), "additional_files[0].path: the path has a component \"..\""),
@@ -192,6 +216,8 @@ const REFUSALS: &[(Edit, &str)] = &[
     (|r| r.additional_files[1].path = "dev/null".to_owned(), "additional_files[1].path: \"dev/null\" lies in /dev, which the sandbox furnishes itself"),
     (|r| r.additional_files[1].path = "proc".to_owned(), "additional_files[1].path: \"proc\" lies in /proc, which the sandbox furnishes itself"),
     (|r| r.additional_files[1].path = "sys/x".to_owned(), "additional_files[1].path: \"sys/x\" lies in /sys, which the sandbox furnishes itself"),
+    (|r| r.additional_files[1].path = "etc".to_owned(), "additional_files[1].path: \"etc\" lies in /etc, which the sandbox furnishes itself"),
+    (|r| r.additional_files[1].path = "tmp".to_owned(), "additional_files[1].path: \"tmp\" lies in /tmp, which the sandbox furnishes itself"),
     (|r| r.additional_files[1].path = "nix/store/file".to_owned(), "additional_files[1].path: \"nix/store/file\" is also the input \"nix/store/file\""),
     (|r| r.additional_files[1].path = "nix/store/dir/x".to_owned(), "additional_files[1].path: \"nix/store/dir/x\" lies within the input \"nix/store/dir\""),
     (|r| r.additional_files[1].path = "nix".to_owned(), "additional_files[1].path: \"nix\" contains the input \"nix/store/dir\""),
@@ -279,7 +305,20 @@ const ODDITIES: &[(&str, Edit)] = &[
     ("a foreign system", |r| with_constraints(r).system = "riscv64-freebsd".to_owned()),
     ("all the memory there could be", |r| with_constraints(r).min_memory = u64::MAX),
     ("host paths in any order", |r| with_constraints(r).available_ro_paths = strings(["/b", "/a"])),
-    ("a host path that is not for everyone", |r| with_constraints(r).available_ro_paths = strings(["/proc", "/root/.ssh"])),
+    ("a host path that is not for everyone", |r| with_constraints(r).available_ro_paths = strings(["/sys", "/root/.ssh"])),
+    ("a host like many", |r| { let lent = with_constraints(r); lent.provide_bin_sh = false; lent.available_ro_paths = strings(["/bin", "/etc/alternatives", "/lib", "/lib64", "/sbin", "/usr"]) }),
+    ("a host like many under inputs at the root", |r| { rooted(r); r.inputs.pop(); let lent = with_constraints(r); lent.provide_bin_sh = false; lent.available_ro_paths = strings(["/bin", "/etc/alternatives", "/lib", "/lib64", "/sbin", "/usr"]) }),
+    ("host paths beside inputs and outputs", |r| with_constraints(r).available_ro_paths = strings(["/nix/store/of-the-host", "/nix/store/dir-2"])),
+    ("host paths where the inputs would be", |r| { r.inputs.clear(); r.scratch_paths.pop(); r.outputs.clear(); with_constraints(r).available_ro_paths = strings(["/nix/store"]) }),
+    ("host paths in scratch", |r| with_constraints(r).available_ro_paths = strings(["/build/cache", "/tmp/.X11-unix"])),
+    ("host paths in one another", |r| with_constraints(r).available_ro_paths = strings(["/usr/share", "/usr"])),
+    ("host paths over directories at the root", |r| { rooted(r); with_constraints(r).available_ro_paths = strings(["/home", "/home/me"]) }),
+    ("devices of the host", |r| with_constraints(r).available_ro_paths = strings(["/dev/kvm", "/dev/net/tun", "/dev/null"])),
+    ("work in what the host lends", |r| r.working_dir = "usr/share/zoneinfo/Europe".to_owned()),
+    ("work where the shell is", |r| r.working_dir = "bin".to_owned()),
+    ("inputs in /tmp", |r| r.inputs_dir = "tmp/inputs".to_owned()),
+    ("inputs instead of /tmp", |r| r.inputs_dir = "tmp".to_owned()),
+    ("a file in /tmp over inputs at the root", |r| { rooted(r); r.inputs.push(directory("tmp")); r.additional_files = vec![added("tmp/x")] }),
     ("a shell of one's own", |r| { with_constraints(r).provide_bin_sh = false; r.additional_files = vec![added("bin/sh")] }),
     ("another program beside the shell", |r| r.additional_files = vec![added("bin/shell")]),
     ("a file in an output", |r| { r.outputs = strings(["build"]); r.additional_files = vec![added("build/x")] }),
@@ -336,19 +375,18 @@ fn the_longest_scratch_path_owns_an_output() {
     message.scratch_paths = strings(["build", "build/a", "build/a-b", "nix/store"]);
     let request = Request::try_from(message).unwrap();
     let cases = [
-        ("build/x", Some(("build", "x"))),
-        ("build", Some(("build", ""))),
-        ("build/a/x/y", Some(("build/a", "x/y"))),
-        ("build/a", Some(("build/a", ""))),
-        ("build/a-b/x", Some(("build/a-b", "x"))),
-        ("build/a-c", Some(("build", "a-c"))),
+        ("build/x", Some("build")),
+        ("build", Some("build")),
+        ("build/a/x/y", Some("build/a")),
+        ("build/a", Some("build/a")),
+        ("build/a-b/x", Some("build/a-b")),
+        ("build/a-c", Some("build")),
         ("nix", None),
         ("builder", None),
     ];
     for (path, owner) in cases {
-        let found = request.owner_of(&path.parse().unwrap());
-        let found = found.map(|(scratch, rest)| (scratch.to_string(), rest.to_string()));
-        assert_eq!(found, owner.map(|(scratch, rest)| (scratch.to_owned(), rest.to_owned())), "{path}");
+        let found = request.owner_of(&path.parse().unwrap()).map(SandboxPath::to_string);
+        assert_eq!(found.as_deref(), owner, "{path}");
     }
 }
 
@@ -365,7 +403,7 @@ fn drafts_are_checked_as_the_wire_is() {
         ),
     ];
     for (edit, message) in cases {
-        let mut draft = Request::try_from(base()).unwrap().into_draft();
+        let mut draft = Draft::clone(&Request::try_from(base()).unwrap());
         edit(&mut draft);
         assert_eq!(Request::new(draft).unwrap_err().to_string(), message);
     }
@@ -389,7 +427,7 @@ fn what_the_wire_has_no_form_for_is_named() {
         (|d| d.constraints.system = None, "constraints.system"),
     ];
     for (edit, field) in cases {
-        let mut draft = Request::try_from(base()).unwrap().into_draft();
+        let mut draft = Draft::clone(&Request::try_from(base()).unwrap());
         edit(&mut draft);
         let request = Request::new(draft).unwrap();
         assert_eq!(BuildRequest::try_from(&request).unwrap_err().field, field);

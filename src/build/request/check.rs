@@ -1,5 +1,7 @@
 //! Whether the parts of a request agree with each other. No part of this touches the system.
 
+use std::collections::{BTreeMap, HashSet};
+use std::ops::Bound;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -17,6 +19,9 @@ const KERNEL_TREES: [&str; 3] = ["proc", "dev", "sys"];
 /// Directories at the root that the sandbox furnishes, and a request may add files to.
 const FURNISHED_TREES: [&str; 2] = ["etc", "bin"];
 
+/// What the sandbox puts into `/dev` beside device nodes of the host.
+const OWN_DEVICES: [&[u8]; 7] = [b"fd", b"ptmx", b"pts", b"shm", b"stderr", b"stdin", b"stdout"];
+
 /// Every check, those of single fields before those that compare fields.
 pub(super) fn all(draft: &Draft) -> Checked {
     counts(draft)?;
@@ -29,7 +34,8 @@ pub(super) fn all(draft: &Draft) -> Checked {
     scratch_paths(draft)?;
     outputs(draft)?;
     working_dir(draft)?;
-    additional_files(draft)
+    additional_files(draft)?;
+    host_paths(draft)
 }
 
 fn refuse(field: impl Into<String>, fault: impl Into<RequestFault>) -> Checked {
@@ -115,10 +121,10 @@ fn constraints(constraints: &Constraints) -> Checked {
             return refuse("constraints.system", RequestFault::System { system });
         }
     }
-    let mut seen = std::collections::HashSet::new();
+    let mut seen = HashSet::new();
     for (index, path) in constraints.ro_paths.iter().enumerate() {
-        let field = format!("constraints.available_ro_paths[{index}]");
-        if let Err(fault) = host_path(path) {
+        let field = host_path_field(index);
+        if let Err(fault) = place_of(path) {
             return refuse(field, fault);
         }
         if !seen.insert(path.as_os_str()) {
@@ -129,12 +135,17 @@ fn constraints(constraints: &Constraints) -> Checked {
     Ok(())
 }
 
-fn host_path(path: &Path) -> Result<(), RequestFault> {
+fn host_path_field(index: usize) -> String {
+    format!("constraints.available_ro_paths[{index}]")
+}
+
+/// Where a path of the worker appears in the sandbox.
+fn place_of(path: &Path) -> Result<SandboxPath, RequestFault> {
     match path.as_os_str().as_bytes() {
         b"/" => Err(RequestFault::HostRoot),
         // What follows the slash is held to the rules of the sandbox: one spelling per path.
         [b'/', rest @ ..] => match SandboxPath::new(rest) {
-            Ok(_) => Ok(()),
+            Ok(path) => Ok(path),
             Err(PathFault::Absolute) => Err(PathFault::DoubleSlash.into()),
             Err(fault) => Err(fault.into()),
         },
@@ -172,16 +183,25 @@ fn scratch_paths(draft: &Draft) -> Checked {
         outside(&FURNISHED_TREES, &field, path)?;
         match overlap(draft, path) {
             None | Some((Relation::Contains, ..)) => {}
-            // A root file system made of inputs is full of directories that a build wants to write to.
-            Some((_, _, Node::Directory { .. })) if draft.inputs_dir.is_root() => {}
-            Some(overlap) => return refuse_overlap(draft, &field, path, overlap),
+            Some(overlap) => laid_over(draft, &field, path, overlap)?,
         }
     }
     Ok(())
 }
 
+/// Refuses to mount anything at a path that is or lies in an input, but for one case: a root file system made of
+/// inputs is full of directories that are there to be mounted on.
+fn laid_over(draft: &Draft, field: &str, path: &SandboxPath, overlap: Overlap<'_>) -> Checked {
+    match overlap {
+        (Relation::Equals | Relation::Within, _, Node::Directory { .. }) if draft.inputs_dir.is_root() => {
+            Ok(())
+        }
+        overlap => refuse_overlap(draft, field, path, overlap),
+    }
+}
+
 fn outputs(draft: &Draft) -> Checked {
-    let mut seen = std::collections::HashSet::new();
+    let mut seen = HashSet::new();
     for (index, path) in draft.outputs.iter().enumerate() {
         let field = format!("outputs[{index}]");
         below_root(&field, path)?;
@@ -201,6 +221,10 @@ fn working_dir(draft: &Draft) -> Checked {
     let (field, path) = ("working_dir", &draft.working_dir);
     below_root(field, path)?;
     outside(&KERNEL_TREES, field, path)?;
+    // To start where the shell lies is fine.
+    if path.as_bytes() != b"bin" {
+        clear_of_shell(draft, field, path)?;
+    }
     match overlap(draft, path) {
         Some(overlap @ (Relation::Equals | Relation::Within, _, Node::File { .. })) => {
             refuse_overlap(draft, field, path, overlap)
@@ -210,18 +234,13 @@ fn working_dir(draft: &Draft) -> Checked {
 }
 
 fn additional_files(draft: &Draft) -> Checked {
-    let shell = SandboxPath::new("bin/sh").ok().filter(|_| draft.constraints.shell == Shell::Required);
     for (index, path) in draft.additional_files.keys().enumerate() {
         let field = format!("additional_files[{index}].path");
         below_root(&field, path)?;
         outside(&KERNEL_TREES, &field, path)?;
+        not_the_directory(&["tmp", "etc"], &field, path)?;
         clear_of_inputs(draft, &field, path)?;
-        if let Some(shell) = &shell
-            && let Some(relation) = Relation::of(path, shell)
-        {
-            let other = "the shell that constraints.provide_bin_sh asks for,";
-            return refuse_conflict(field, path, relation, other, shell);
-        }
+        clear_of_shell(draft, &field, path)?;
         let above = path.ancestors().skip(1).find_map(|above| draft.additional_files.get_key_value(above));
         if let Some((above, _)) = above {
             return refuse_conflict(field, path, Relation::Within, "the additional file", above);
@@ -248,6 +267,88 @@ fn additional_files(draft: &Draft) -> Checked {
     Ok(())
 }
 
+/// What the worker lends of its own file system lies over all else, and nothing can be put into it.
+fn host_paths(draft: &Draft) -> Checked {
+    let scratch = draft.scratch_paths.iter().map(|path| ("the scratch path", path));
+    let scratch: Occupied<'_> = scratch.map(|other| (other.1.as_bytes(), other)).collect();
+    let files = draft.additional_files.keys().map(|path| ("the additional file", path));
+    let outputs = draft.outputs.iter().map(|path| ("the output", path));
+    let whole: Occupied<'_> = files.chain(outputs).map(|other| (other.1.as_bytes(), other)).collect();
+    for (index, path) in draft.constraints.ro_paths.iter().enumerate() {
+        let field = host_path_field(index);
+        let path = match place_of(path) {
+            Ok(path) => path,
+            Err(fault) => return refuse(field, fault),
+        };
+        clear_of_own(&field, &path)?;
+        clear_of_shell(draft, &field, &path)?;
+        if let Some(overlap) = overlap(draft, &path) {
+            laid_over(draft, &field, &path, overlap)?;
+        }
+        let other = match occupant(&scratch, &path) {
+            // Beside what the build makes there it does no harm.
+            None | Some((Relation::Within, _)) => occupant(&whole, &path),
+            other => other,
+        };
+        if let Some((relation, (other, other_path))) = other {
+            return refuse_conflict(field, &path, relation, other, other_path);
+        }
+    }
+    Ok(())
+}
+
+/// Refuses what would cover a part of the sandbox that is its own in every build.
+fn clear_of_own(field: &str, path: &SandboxPath) -> Checked {
+    outside(&["proc"], field, path)?;
+    not_the_directory(&["dev", "tmp"], field, path)?;
+    let mut names = path.components();
+    match (names.next(), names.next()) {
+        (Some(b"dev"), Some(name)) if OWN_DEVICES.contains(&name) => {
+            refuse(field, RequestFault::Reserved { path: path.clone(), tree: "dev" })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What stands where, by path: what it is called, and the path again.
+type Occupied<'a> = BTreeMap<&'a [u8], (&'static str, &'a SandboxPath)>;
+
+/// Something in `others` that `path` is, contains or lies in: of several that which `path` is, or contains.
+fn occupant<'a>(
+    others: &Occupied<'a>,
+    path: &SandboxPath,
+) -> Option<(Relation, (&'static str, &'a SandboxPath))> {
+    if let Some(other) = others.get(path.as_bytes()) {
+        return Some((Relation::Equals, *other));
+    }
+    let below = [path.as_bytes(), b"/"].concat();
+    let next = others.range::<[u8], _>((Bound::Included(below.as_slice()), Bound::Unbounded)).next();
+    match next.filter(|(next, _)| next.starts_with(&below)) {
+        Some((_, other)) => Some((Relation::Contains, *other)),
+        None => Some((Relation::Within, *path.ancestors().find_map(|above| others.get(above))?)),
+    }
+}
+
+/// Refuses a path that has to do with the shell, if one is asked for.
+fn clear_of_shell(draft: &Draft, field: &str, path: &SandboxPath) -> Checked {
+    let shell = SandboxPath::shell();
+    match (draft.constraints.shell, Relation::of(path, &shell)) {
+        (Shell::Required, Some(relation)) => {
+            let other = "the shell that constraints.provide_bin_sh asks for,";
+            refuse_conflict(field, path, relation, other, &shell)
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Refuses what would stand in the place of a directory at the root.
+fn not_the_directory(trees: &[&'static str], field: &str, path: &SandboxPath) -> Checked {
+    match trees.iter().find(|tree| path.as_bytes() == tree.as_bytes()) {
+        Some(tree) => refuse(field, RequestFault::Reserved { path: path.clone(), tree }),
+        None => Ok(()),
+    }
+}
+
 fn below_root(field: &str, path: &SandboxPath) -> Checked {
     if path.is_root() { refuse(field, PathFault::Empty) } else { Ok(()) }
 }
@@ -263,8 +364,11 @@ fn outside(trees: &[&'static str], field: &str, path: &SandboxPath) -> Checked {
 /// An input that a path has to do with, and how the path lies to it.
 type Overlap<'a> = (Relation, &'a Name, &'a Node);
 
-/// The input that `path` is, lies in or contains; of several the first.
+/// The input that `path` is, lies in or contains; of several the first. What `/tmp` covers doesn't count.
 fn overlap<'a>(draft: &'a Draft, path: &SandboxPath) -> Option<Overlap<'a>> {
+    if draft.inputs_dir.is_root() && SandboxPath::tmp().contains(path) {
+        return None;
+    }
     let Some(rest) = path.strip_prefix(&draft.inputs_dir).filter(|rest| !rest.is_root()) else {
         let (name, node) = draft.inputs.first_key_value()?;
         return path.contains(&draft.inputs_dir).then_some((Relation::Contains, name, node));

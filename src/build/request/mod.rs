@@ -123,18 +123,6 @@ impl Request {
         check::all(&draft)?;
         Ok(Self(draft))
     }
-
-    /// The scratch path that `path` lies in, the longest if there are several, and where in it: the
-    /// root where `path` is the scratch path itself. Every output has one.
-    pub fn owner_of(&self, path: &SandboxPath) -> Option<(&SandboxPath, SandboxPath)> {
-        let owner = self.0.owner_of(path)?;
-        Some((owner, path.strip_prefix(owner)?))
-    }
-
-    /// The parts, to make another request of.
-    pub fn into_draft(self) -> Draft {
-        self.0
-    }
 }
 
 impl Deref for Request {

@@ -55,6 +55,16 @@ impl SandboxPath {
         Self(Vec::new())
     }
 
+    /// `tmp`, which every build may write to as to a scratch path.
+    pub fn tmp() -> Self {
+        Self(b"tmp".to_vec())
+    }
+
+    /// `bin/sh`, where a shell appears that the worker provides.
+    pub fn shell() -> Self {
+        Self(b"bin/sh".to_vec())
+    }
+
     /// Whether this is the root.
     pub fn is_root(&self) -> bool {
         self.0.is_empty()
