@@ -90,9 +90,13 @@ async fn serve(addresses: &[Address], store: Store, builder: Option<Builder>) ->
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let services = Services::new(store, builder.clone()).await?;
     let (stop, stopped) = watch::channel(false);
-    let mut servers = JoinSet::new();
+    let mut listeners = Vec::with_capacity(addresses.len());
     for address in addresses {
-        let listener = Listener::bind(address).await?;
+        listeners.push(Listener::bind(address).await?);
+    }
+    // Only now is anybody let in: a daemon that can't start must not have begun a build.
+    let mut servers = JoinSet::new();
+    for (listener, address) in listeners.into_iter().zip(addresses) {
         let bound = listener.address().unwrap_or_else(|_| address.clone());
         servers.spawn(services.serve(listener, stopped.clone()));
         eprintln!("listening on {bound}");
