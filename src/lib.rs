@@ -2,6 +2,8 @@
 //!
 //! The `cofferdam` binary is [`cli::main`]. `ARCHITECTURE.md` in the repository shows how the modules hang together.
 
+#![forbid(unsafe_code)]
+
 pub mod address;
 pub mod build;
 pub mod castore;

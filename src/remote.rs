@@ -1,5 +1,7 @@
 //! A worker elsewhere: builds on a daemon, over gRPC.
 
+use std::error::Error;
+
 use cofferdam_proto::build as wire;
 use cofferdam_proto::build::build_service_client::BuildServiceClient;
 use tonic::Streaming;
@@ -36,6 +38,14 @@ pub enum RemoteError {
         code: tonic::Code,
         /// Its words.
         message: String,
+    },
+    /// It can't be reached any more.
+    #[error("the connection to {address} was lost: {cause}")]
+    Lost {
+        /// The daemon.
+        address: Address,
+        /// What the connection says.
+        cause: String,
     },
     /// It sent an event that is not valid.
     #[error("{address} sent an invalid event: {source}")]
@@ -77,6 +87,15 @@ impl RemoteBuild {
     }
 }
 
+/// What ended a call: the daemon's words, or what became of the connection.
 fn refusal(address: &Address, status: &tonic::Status) -> RemoteError {
-    RemoteError::Status { address: address.clone(), code: status.code(), message: status.message().into() }
+    let address = address.clone();
+    // A status that was made on this side, of what went wrong here, has a source.
+    let Some(mut cause) = status.source() else {
+        return RemoteError::Status { address, code: status.code(), message: status.message().into() };
+    };
+    while let Some(deeper) = cause.source() {
+        cause = deeper;
+    }
+    RemoteError::Lost { address, cause: cause.to_string() }
 }

@@ -7,6 +7,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::vec;
 
 use cofferdam_sandbox::scratch::remove_tree;
@@ -36,8 +37,22 @@ const BUFFER_BYTES: usize = 256 * 1024;
 /// hold what the tree says, [`ExportError::Io`] where it can't be written; among these is `EEXIST` for a
 /// `name` that is taken.
 pub fn export(store: &Store, node: &Node, dir: BorrowedFd<'_>, name: &OsStr) -> Result<(), ExportError> {
+    export_unless(store, node, dir, name, &AtomicBool::new(false))
+}
+
+/// [`export`], unless `cancel` turns true on the way.
+///
+/// # Errors
+/// Those of [`export`], and [`ExportError::Cancelled`].
+pub fn export_unless(
+    store: &Store,
+    node: &Node,
+    dir: BorrowedFd<'_>,
+    name: &OsStr,
+    cancel: &AtomicBool,
+) -> Result<(), ExportError> {
     let name = Name::new(name.as_bytes()).map_err(|source| ExportError::Name { source })?;
-    let mut export = Export { store, buffer: vec![0; BUFFER_BYTES], path: Vec::new(), made: false };
+    let mut export = Export { store, cancel, buffer: vec![0; BUFFER_BYTES], path: Vec::new(), made: false };
     let done = export.tree(node, dir, &name);
     if done.is_err() && export.made {
         // The first failure is the one to tell of.
@@ -49,6 +64,7 @@ pub fn export(store: &Store, node: &Node, dir: BorrowedFd<'_>, name: &OsStr) -> 
 /// A tree on its way to the disk.
 struct Export<'a> {
     store: &'a Store,
+    cancel: &'a AtomicBool,
     buffer: Vec<u8>,
     /// Where the walk stands, relative to the root.
     path: Vec<u8>,
@@ -89,6 +105,7 @@ impl Export<'_> {
 
     /// Makes a directory with all of its entries that are not directories.
     fn directory(&mut self, digest: &Digest, dir: BorrowedFd<'_>, name: &Name) -> Result<Made, ExportError> {
+        self.check_cancelled()?;
         let directory = load(self.store, digest, &self.path)?;
         mkdirat(dir, name.as_os_str(), Mode::from_bits_truncate(0o755))
             .map_err(|errno| self.failed("create", errno))?;
@@ -135,6 +152,7 @@ impl Export<'_> {
         let blob = blob.ok_or_else(|| missing(ObjectKind::Blob, digest, &self.path))?;
         let mut hasher = blake3::Hasher::new();
         loop {
+            self.check_cancelled()?;
             let count = blob.read_at(&mut self.buffer, hasher.count());
             let count = count.map_err(|error| io("read the contents of", &self.path, error))?;
             let Some(chunk) = self.buffer.get(..count).filter(|chunk| !chunk.is_empty()) else { break };
@@ -149,6 +167,10 @@ impl Export<'_> {
             return Err(ExportError::Size { path: shown(&self.path), digest: *digest, stated, actual });
         }
         Ok(())
+    }
+
+    fn check_cancelled(&self) -> Result<(), ExportError> {
+        if self.cancel.load(Ordering::Relaxed) { Err(ExportError::Cancelled) } else { Ok(()) }
     }
 
     fn failed(&self, act: &'static str, errno: Errno) -> ExportError {
@@ -322,4 +344,7 @@ pub enum ExportError {
     /// The store could not say what the tree consists of.
     #[error("can't read the tree: {0}")]
     Store(#[from] StoreError),
+    /// It was told to end.
+    #[error("cancelled")]
+    Cancelled,
 }

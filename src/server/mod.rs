@@ -5,12 +5,15 @@ pub mod castore_service;
 pub mod listen;
 
 use std::future::Future;
-use std::pin::Pin;
 
+use cofferdam_proto::build::build_service_server::SERVICE_NAME as BUILDS;
+use cofferdam_proto::castore::blob_service_server::SERVICE_NAME as BLOBS;
+use cofferdam_proto::castore::directory_service_server::SERVICE_NAME as DIRECTORIES;
 use tokio::sync::watch;
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tonic::service::Routes;
 use tonic::transport::Server;
+use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use crate::build::Builder;
@@ -20,6 +23,9 @@ use listen::Listener;
 /// How often a silent client is asked whether it is still there, and how long it may take to answer: a build
 /// whose client is gone ends that much later.
 const KEEPALIVE: std::time::Duration = std::time::Duration::from_secs(20);
+
+/// What those who ask for health call the daemon as a whole.
+const DAEMON: &str = "";
 
 /// All services of a daemon.
 pub struct Services {
@@ -44,22 +50,21 @@ impl Services {
                 .register_encoded_file_descriptor_set(cofferdam_proto::DESCRIPTORS)
                 .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         };
-        let builds = build_service::server(builder);
-        let blobs = castore_service::blob_server(store.clone());
-        let directories = castore_service::directory_server(store);
-        health.set_service_status("", tonic_health::ServingStatus::Serving).await;
-        set_serving(&health, &builds).await;
-        set_serving(&health, &blobs).await;
-        set_serving(&health, &directories).await;
+        for name in [DAEMON, BUILDS, BLOBS, DIRECTORIES] {
+            health.set_service_status(name, ServingStatus::Serving).await;
+        }
         let mut routes = Routes::builder();
-        routes.add_service(builds).add_service(blobs).add_service(directories);
+        routes.add_service(build_service::server(builder));
+        routes.add_service(castore_service::blob_server(store.clone()));
+        routes.add_service(castore_service::directory_server(store));
         routes.add_service(health_service);
         // Many clients know only the older name of the service.
         routes.add_service(reflection().build_v1()?).add_service(reflection().build_v1alpha()?);
         Ok(Self { routes: routes.routes(), health })
     }
 
-    /// Serves on `listener` until `stop` turns true, and then until the streams under way have ended.
+    /// Serves on `listener` until `stop` turns true, and then until the streams under way have ended. The file of a
+    /// unix socket goes as soon as nobody is let in any more.
     ///
     /// # Errors
     /// Where the listener fails.
@@ -67,7 +72,7 @@ impl Services {
         &self,
         listener: Listener,
         mut stop: watch::Receiver<bool>,
-    ) -> Pin<Box<dyn Future<Output = Result<(), tonic::transport::Error>> + Send>> {
+    ) -> impl Future<Output = Result<(), tonic::transport::Error>> + Send + use<> {
         let server = Server::builder()
             .http2_keepalive_interval(Some(KEEPALIVE))
             .http2_keepalive_timeout(Some(KEEPALIVE))
@@ -76,32 +81,26 @@ impl Services {
             // An error means that nobody is left to say stop.
             let _ = stop.wait_for(|stop| *stop).await;
         };
-        match listener {
-            Listener::Unix(listener, file) => Box::pin(async move {
-                let served =
-                    server.serve_with_incoming_shutdown(UnixListenerStream::new(listener), stopped).await;
-                drop(file);
-                served
-            }),
-            Listener::Tcp(listener) => {
-                Box::pin(server.serve_with_incoming_shutdown(TcpListenerStream::new(listener), stopped))
+        async move {
+            match listener {
+                Listener::Unix(listener, file) => {
+                    let stopped = async move {
+                        stopped.await;
+                        drop(file);
+                    };
+                    server.serve_with_incoming_shutdown(UnixListenerStream::new(listener), stopped).await
+                }
+                Listener::Tcp(listener) => {
+                    server.serve_with_incoming_shutdown(TcpListenerStream::new(listener), stopped).await
+                }
             }
         }
     }
 
-    /// Tells whoever asks for health that this daemon takes no more work.
+    /// Tells whoever asks for health that this daemon takes no more builds. The store goes on for those that run.
     pub async fn stop_serving(&self) {
-        let services = ["", service_name(&build_service::server(None))];
-        for name in services {
-            self.health.set_service_status(name, tonic_health::ServingStatus::NotServing).await;
+        for name in [DAEMON, BUILDS] {
+            self.health.set_service_status(name, ServingStatus::NotServing).await;
         }
     }
-}
-
-async fn set_serving<S: tonic::server::NamedService>(health: &HealthReporter, _: &S) {
-    health.set_serving::<S>().await;
-}
-
-fn service_name<S: tonic::server::NamedService>(_: &S) -> &'static str {
-    S::NAME
 }
