@@ -2,13 +2,39 @@
 
 use std::collections::HashMap;
 use std::hash::Hash;
+use std::sync::Mutex;
+
+use crate::lock::lock;
+
+/// What was looked up, remembered for whoever asks from whatever thread: the values used last, within a
+/// limit of weight.
+#[derive(Debug)]
+pub struct Memo<K, V>(Mutex<Recent<K, V>>);
+
+impl<K: Hash + Eq + Copy, V: Clone> Memo<K, V> {
+    /// A memo of values that weigh at most `limit` together, in whatever unit they are weighed; one that
+    /// alone weighs more than half of it is held until the next one comes.
+    pub fn new(limit: usize) -> Self {
+        Self(Mutex::new(Recent::new(limit)))
+    }
+
+    /// The value remembered for `key`.
+    pub fn get(&self, key: &K) -> Option<V> {
+        lock(&self.0).get(key)
+    }
+
+    /// Remembers `value`.
+    pub fn insert(&self, key: K, value: V, weight: usize) {
+        lock(&self.0).insert(key, value, weight);
+    }
+}
 
 /// Keeps the values used last, up to a total weight.
 ///
 /// Two generations: what is used moves to the younger one, and when that has half the weight allowed,
 /// it becomes the older one and what had not moved is dropped. Every call takes constant time.
 #[derive(Debug)]
-pub struct Recent<K, V> {
+struct Recent<K, V> {
     young: HashMap<K, (V, usize)>,
     old: HashMap<K, (V, usize)>,
     weight: usize,
@@ -16,14 +42,12 @@ pub struct Recent<K, V> {
 }
 
 impl<K: Hash + Eq + Copy, V: Clone> Recent<K, V> {
-    /// Holds values of at most `limit` in total; one that alone weighs more than half of it is held
-    /// until the next one comes.
-    pub fn new(limit: usize) -> Self {
+    fn new(limit: usize) -> Self {
         Self { young: HashMap::new(), old: HashMap::new(), weight: 0, half: (limit / 2).max(1) }
     }
 
     /// The value of `key`, if it is still held.
-    pub fn get(&mut self, key: &K) -> Option<V> {
+    fn get(&mut self, key: &K) -> Option<V> {
         if let Some((value, _)) = self.young.get(key) {
             return Some(value.clone());
         }
@@ -33,7 +57,7 @@ impl<K: Hash + Eq + Copy, V: Clone> Recent<K, V> {
     }
 
     /// Holds `value`, which weighs `weight`.
-    pub fn insert(&mut self, key: K, value: V, weight: usize) {
+    fn insert(&mut self, key: K, value: V, weight: usize) {
         if self.weight.saturating_add(weight) > self.half {
             self.old = std::mem::take(&mut self.young);
             self.weight = 0;

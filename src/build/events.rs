@@ -1,10 +1,10 @@
 //! What is told of a build: checked events, and the wire's messages to and fro.
 
+use bytes::Bytes;
 use cofferdam_proto::build as wire;
 use cofferdam_proto::build::build_completed;
 use cofferdam_proto::build::build_event::Event as WireEvent;
 use cofferdam_proto::build::log_output::Stream as WireStream;
-use prost::bytes::Bytes;
 
 use super::error::Failure;
 use crate::castore::node::{from_entry, printable, to_entry};

@@ -5,8 +5,8 @@ use std::future::Future;
 use std::io::{self, Read};
 use std::time::Duration;
 
+use bytes::{Bytes, BytesMut};
 use nix::fcntl::{FcntlArg, fcntl};
-use prost::bytes::{Bytes, BytesMut};
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe::Receiver;
 use tokio::sync::mpsc::Sender;

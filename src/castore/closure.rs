@@ -3,9 +3,9 @@
 use std::collections::HashMap;
 use std::vec;
 
-use super::memo::Memo;
 use super::node::{Digest, Directory, Name, Node, printable};
 use super::traits::{Store, StoreError};
+use crate::recent::Memo;
 
 pub use super::tree::ObjectKind;
 
@@ -26,7 +26,7 @@ const REMEMBERED_DIRECTORIES: usize = 128 * 1024;
 ///
 /// It goes with one store, and with as long as nothing is removed from that.
 pub struct Closure {
-    complete: Memo<()>,
+    complete: Memo<Digest, ()>,
 }
 
 /// Something that is not in the store.
@@ -90,7 +90,7 @@ impl Closure {
 
 struct Search<'a> {
     store: &'a Store,
-    remembered: &'a Memo<()>,
+    remembered: &'a Memo<Digest, ()>,
     /// What was looked at so far, and whether it is complete. An empty directory and an empty blob have
     /// the same digest, so the two are kept apart.
     directories: HashMap<Digest, bool>,

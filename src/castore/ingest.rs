@@ -24,6 +24,7 @@ use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat, readlinkat};
 use nix::libc;
 use nix::sys::stat::{FileStat, Mode, fstat, fstatat};
 
+use super::cursor::Cursor;
 use super::node::{Digest, Directory, Name, Node, NodeError, Target, printable};
 use super::traits::{Store, StoreError};
 use crate::refscan::Scanner;
@@ -84,8 +85,7 @@ struct Walk<'a> {
     /// Complete directories, children before parents, each once.
     directories: Vec<Directory>,
     digests: HashSet<Digest>,
-    /// Where the walk stands, relative to the root.
-    path: Vec<u8>,
+    path: Cursor,
 }
 
 /// A directory whose entries are being worked off.
@@ -109,7 +109,7 @@ impl<'a> Walk<'a> {
             buffer: vec![0; BUFFER_BYTES],
             directories: Vec::new(),
             digests: HashSet::new(),
-            path: Vec::new(),
+            path: Cursor::new(),
         }
     }
 
@@ -132,7 +132,7 @@ impl<'a> Walk<'a> {
                         self.ingest.store.directories.put(self.directories)?;
                         return Ok(node);
                     };
-                    self.leave(&name);
+                    self.path.leave();
                     let inserted = parent.directory.insert(name, node);
                     inserted.map_err(|source| TreeFault::Name { path: self.shown(), source })?;
                 }
@@ -140,7 +140,7 @@ impl<'a> Walk<'a> {
             found = match above.last() {
                 Some(Open { dir, entries, .. }) if !entries.is_empty() => {
                     let (name, hint) = &entries[entries.len() - 1];
-                    self.enter(name);
+                    self.path.enter(name);
                     self.entry(dir.as_fd(), name.as_os_str(), *hint)?
                 }
                 _ => Found::Complete(self.close(above.pop())),
@@ -247,21 +247,9 @@ impl<'a> Walk<'a> {
         if self.ingest.cancel.load(Ordering::Relaxed) { Err(IngestError::Cancelled) } else { Ok(()) }
     }
 
-    fn enter(&mut self, name: &Name) {
-        if !self.path.is_empty() {
-            self.path.push(b'/');
-        }
-        self.path.extend_from_slice(name.as_bytes());
-    }
-
-    fn leave(&mut self, name: &Name) {
-        self.path.truncate(self.path.len().saturating_sub(name.as_bytes().len() + 1));
-    }
-
     /// Where the walk stands, for people.
     fn shown(&self) -> String {
-        let label = self.ingest.label;
-        if self.path.is_empty() { label.to_owned() } else { format!("{label}/{}", printable(&self.path)) }
+        self.path.below(self.ingest.label)
     }
 
     fn unsupported(&self, stat: &FileStat) -> IngestError {
@@ -319,7 +307,7 @@ impl fmt::Display for FileKind {
     }
 }
 
-/// Why a tree was not taken in. Paths are relative to its root, which itself is `.`, and escaped.
+/// Why a tree was not taken in. Paths begin with [`Ingest::label`], which is the root, and are escaped.
 #[derive(Debug, thiserror::Error)]
 pub enum IngestError {
     /// The tree is at fault.

@@ -1,10 +1,12 @@
-//! A store in memory: for tests, and for workers that need not outlive their process.
+//! A store in memory, for tests of what stands on a store: no worker keeps its blobs there.
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
+use super::children::check_children;
 use super::{Blob, BlobService, BlobWriter, Digest, Directory, DirectoryService, Store, StoreError};
+use crate::lock::lock;
 
 /// An empty store.
 pub fn store() -> Store {
@@ -40,23 +42,13 @@ impl DirectoryService for MemoryStore {
     }
 
     fn put(&self, directories: Vec<Directory>) -> Result<(), StoreError> {
+        let new: Vec<(Digest, Directory)> =
+            directories.into_iter().map(|directory| (directory.digest(), directory)).collect();
         let mut stored = lock(&self.directories);
-        let mut new: HashMap<Digest, Arc<Directory>> = HashMap::new();
-        for directory in directories {
-            let parent = directory.digest();
-            for (name, child, stated) in directory.child_directories() {
-                let name = || name.to_string();
-                let Some(known) = new.get(&child).or_else(|| stored.get(&child)) else {
-                    return Err(StoreError::MissingChild { parent, name: name(), child });
-                };
-                let actual = known.size();
-                if actual != stated {
-                    return Err(StoreError::ChildSize { parent, name: name(), stated, actual });
-                }
-            }
-            new.insert(parent, Arc::new(directory));
-        }
-        stored.extend(new);
+        check_children(new.iter().map(|(digest, directory)| (*digest, directory)), |child| {
+            Ok(stored.get(child).map(|child| child.size()))
+        })?;
+        stored.extend(new.into_iter().map(|(digest, directory)| (digest, Arc::new(directory))));
         Ok(())
     }
 }
@@ -97,11 +89,6 @@ impl BlobWriter for MemoryWriter {
         lock(&self.blobs).insert(digest, self.bytes.into());
         Ok((digest, len))
     }
-}
-
-/// A lock whose holder can't leave the map half changed.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -1,11 +1,13 @@
 //! The castore: blobs and directories named by what they hold.
 
+mod children;
 pub mod closure;
+mod cursor;
+mod file_blob;
 #[cfg(test)]
 mod fixtures;
 pub mod ingest;
 pub mod local;
-mod memo;
 pub mod memory;
 pub mod node;
 pub mod remote;

@@ -1,6 +1,6 @@
 //! A store behind gRPC: a client of `snix.castore.v1`.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
 use std::future::Future;
 use std::io;
@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use bytes::Bytes;
 use cofferdam_proto::castore as wire;
-use prost::bytes::Bytes;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -21,6 +21,8 @@ use tonic::{Code, Status};
 use wire::blob_service_client::BlobServiceClient;
 use wire::directory_service_client::DirectoryServiceClient;
 
+use super::children::check_children;
+use super::file_blob::FileBlob;
 use super::{Blob, BlobService, BlobWriter, Digest, Directory, DirectoryService, Store, StoreError};
 
 /// Largest message that carries a piece of a blob, in bytes. We send smaller ones.
@@ -132,7 +134,7 @@ impl BlobService for RemoteStore {
                 if Digest::from(hasher.finalize()) != *digest {
                     return Err(StoreError::Damaged { kind: "blob", digest: *digest });
                 }
-                return Ok(Some(Arc::new(Spooled { file, size })));
+                return Ok(Some(Arc::new(FileBlob::new(file, size))));
             };
             hasher.update(&chunk.data);
             file.write_all_at(&chunk.data, size)
@@ -162,34 +164,6 @@ impl BlobService for RemoteStore {
 /// A file without a name, which goes when it is closed.
 fn nameless(directory: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).custom_flags(libc::O_TMPFILE).mode(0o600).open(directory)
-}
-
-struct Spooled {
-    file: File,
-    size: u64,
-}
-
-impl Blob for Spooled {
-    fn size(&self) -> u64 {
-        self.size
-    }
-
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-        let mut filled = 0;
-        while let Some(space) = buffer.get_mut(filled..).filter(|space| !space.is_empty()) {
-            match self.file.read_at(space, offset.saturating_add(filled as u64)) {
-                Ok(0) => break,
-                Ok(read) => filled += read,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(filled)
-    }
-
-    fn file(&self) -> Option<&File> {
-        Some(&self.file)
-    }
 }
 
 enum Piece {
@@ -325,42 +299,15 @@ impl DirectoryService for RemoteStore {
         const ACT: &str = "store directories";
         let directories: Vec<(Digest, Directory)> =
             directories.into_iter().map(|directory| (directory.digest(), directory)).collect();
-        self.check_children(&directories)?;
+        // The store checks this as well, but its refusal would be only text.
+        check_children(directories.iter().map(|(digest, directory)| (*digest, directory)), |child| {
+            Ok(DirectoryService::get(self, child)?.map(|child| child.size()))
+        })?;
         for tree in trees(&directories) {
             let messages: Vec<wire::Directory> = tree.into_iter().map(Into::into).collect();
             let mut client = self.inner.directories.clone();
             let stored = self.inner.call(ACT, client.put(tokio_stream::iter(messages)))?;
             stored.ok_or_else(|| self.inner.not_found(ACT))?;
-        }
-        Ok(())
-    }
-}
-
-impl RemoteStore {
-    /// The store checks this as well, but its refusal would be only text.
-    fn check_children(&self, directories: &[(Digest, Directory)]) -> Result<(), StoreError> {
-        let mut sizes: HashMap<Digest, u64> = HashMap::new();
-        for (parent, directory) in directories {
-            for (name, child, stated) in directory.child_directories() {
-                let name = || name.to_string();
-                let actual = match sizes.get(&child) {
-                    Some(size) => *size,
-                    None => {
-                        let stored = DirectoryService::get(self, &child)?;
-                        let stored = stored.ok_or_else(|| StoreError::MissingChild {
-                            parent: *parent,
-                            name: name(),
-                            child,
-                        })?;
-                        sizes.insert(child, stored.size());
-                        stored.size()
-                    }
-                };
-                if actual != stated {
-                    return Err(StoreError::ChildSize { parent: *parent, name: name(), stated, actual });
-                }
-            }
-            sizes.insert(*parent, directory.size());
         }
         Ok(())
     }

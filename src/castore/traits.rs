@@ -3,7 +3,6 @@
 //! Calls block: whoever reads a store in bulk (the view, ingest, export) works in threads of its own,
 //! and the gRPC services move each call off their executor.
 
-use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
@@ -41,11 +40,6 @@ pub trait Blob: Send + Sync {
     /// # Errors
     /// Where the store can't give them.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
-
-    /// The file that holds exactly these bytes, if there is one.
-    fn file(&self) -> Option<&File> {
-        None
-    }
 }
 
 /// A blob in the making.

@@ -16,8 +16,9 @@ use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::{Mode, mkdirat};
 use nix::unistd::symlinkat;
 
+use super::cursor::Cursor;
 use super::ingest::MAX_DEPTH;
-use super::node::{Digest, Directory, Name, Node, NodeError, printable};
+use super::node::{Digest, Directory, Name, Node, NodeError};
 use super::traits::{Store, StoreError};
 
 #[cfg(test)]
@@ -52,7 +53,7 @@ pub fn export_unless(
     cancel: &AtomicBool,
 ) -> Result<(), ExportError> {
     let name = Name::new(name.as_bytes()).map_err(|source| ExportError::Name { source })?;
-    let mut export = Export { store, cancel, buffer: vec![0; BUFFER_BYTES], path: Vec::new(), made: false };
+    let mut export = Export { store, cancel, buffer: vec![0; BUFFER_BYTES], path: Cursor::new(), made: false };
     let done = export.tree(node, dir, &name);
     if done.is_err() && export.made {
         // The first failure is the one to tell of.
@@ -66,8 +67,7 @@ struct Export<'a> {
     store: &'a Store,
     cancel: &'a AtomicBool,
     buffer: Vec<u8>,
-    /// Where the walk stands, relative to the root.
-    path: Vec<u8>,
+    path: Cursor,
     /// Whether anything was made, so the root at least.
     made: bool,
 }
@@ -88,14 +88,15 @@ impl Export<'_> {
         while let Some(parent) = above.last() {
             let Some((name, digest)) = parent.left.last() else {
                 above.pop();
-                if let Some((name, _)) = above.last_mut().and_then(|parent| parent.left.pop()) {
-                    leave(&mut self.path, &name);
+                if let Some(parent) = above.last_mut() {
+                    parent.left.pop();
+                    self.path.leave();
                 }
                 continue;
             };
-            enter(&mut self.path, name);
+            self.path.enter(name);
             if above.len() == MAX_DEPTH {
-                return Err(ExportError::TooDeep { path: shown(&self.path) });
+                return Err(ExportError::TooDeep { path: self.path.to_string() });
             }
             let made = self.directory(digest, parent.fd.as_fd(), name)?;
             above.push(made);
@@ -118,9 +119,9 @@ impl Export<'_> {
             if let Node::Directory { digest, .. } = node {
                 left.push((name.clone(), *digest));
             } else {
-                enter(&mut self.path, name);
+                self.path.enter(name);
                 self.leaf(node, fd.as_fd(), name)?;
-                leave(&mut self.path, name);
+                self.path.leave();
             }
         }
         Ok(Made { fd, left })
@@ -147,7 +148,7 @@ impl Export<'_> {
     }
 
     fn contents(&mut self, mut file: File, digest: &Digest, stated: u64) -> Result<(), ExportError> {
-        let io = |act, path: &[u8], source| ExportError::Io { act, path: shown(path), source };
+        let io = |act, path: &Cursor, source| ExportError::Io { act, path: path.to_string(), source };
         let blob = self.store.blobs.open(digest)?;
         let blob = blob.ok_or_else(|| missing(ObjectKind::Blob, digest, &self.path))?;
         let mut hasher = blake3::Hasher::new();
@@ -160,11 +161,11 @@ impl Export<'_> {
             file.write_all(chunk).map_err(|error| io("write", &self.path, error))?;
         }
         if Digest::from(hasher.finalize()) != *digest {
-            return Err(ExportError::Contents { path: shown(&self.path), digest: *digest });
+            return Err(ExportError::Contents { path: self.path.to_string(), digest: *digest });
         }
         let actual = hasher.count();
         if actual != stated {
-            return Err(ExportError::Size { path: shown(&self.path), digest: *digest, stated, actual });
+            return Err(ExportError::Size { path: self.path.to_string(), digest: *digest, stated, actual });
         }
         Ok(())
     }
@@ -174,7 +175,7 @@ impl Export<'_> {
     }
 
     fn failed(&self, act: &'static str, errno: Errno) -> ExportError {
-        ExportError::Io { act, path: shown(&self.path), source: errno.into() }
+        ExportError::Io { act, path: self.path.to_string(), source: errno.into() }
     }
 }
 
@@ -184,15 +185,15 @@ impl Export<'_> {
 ///
 /// The list ends with the first error.
 pub fn list<'a>(store: &'a Store, node: &Node) -> Listing<'a> {
-    Listing { store, above: Vec::new(), path: Vec::new(), root: Some(node.clone()), below: None }
+    Listing { store, above: Vec::new(), path: Cursor::new(), root: Some(node.clone()), below: None }
 }
 
 /// The iterator that [`list`] returns.
 pub struct Listing<'a> {
     store: &'a Store,
-    /// The directories on the way to the entry listed last: length of the path to each, and its entries left.
-    above: Vec<(usize, vec::IntoIter<(Name, Node)>)>,
-    path: Vec<u8>,
+    /// The entries left of each directory on the way to the entry listed last.
+    above: Vec<vec::IntoIter<(Name, Node)>>,
+    path: Cursor,
     root: Option<Node>,
     /// The entry listed last, if it is a directory.
     below: Option<Digest>,
@@ -202,11 +203,11 @@ impl Listing<'_> {
     /// Goes on to the entries of the directory listed last.
     fn descend(&mut self, digest: &Digest) -> Result<(), ExportError> {
         if self.above.len() == MAX_DEPTH {
-            return Err(ExportError::TooDeep { path: shown(&self.path) });
+            return Err(ExportError::TooDeep { path: self.path.to_string() });
         }
         let directory = load(self.store, digest, &self.path)?;
         let entries: Vec<_> = directory.entries().map(|(name, node)| (name.clone(), node.clone())).collect();
-        self.above.push((self.path.len(), entries.into_iter()));
+        self.above.push(entries.into_iter());
         Ok(())
     }
 
@@ -214,7 +215,7 @@ impl Listing<'_> {
         if let Node::Directory { digest, .. } = &node {
             self.below = Some(*digest);
         }
-        (self.path.clone(), node)
+        (self.path.as_bytes().to_vec(), node)
     }
 }
 
@@ -232,10 +233,9 @@ impl Iterator for Listing<'_> {
             return Some(Err(error));
         }
         loop {
-            let (len, entries) = self.above.last_mut()?;
-            self.path.truncate(*len);
-            if let Some((name, node)) = entries.next() {
-                enter(&mut self.path, &name);
+            self.path.rise_to(self.above.len().saturating_sub(1));
+            if let Some((name, node)) = self.above.last_mut()?.next() {
+                self.path.enter(&name);
                 return Some(Ok(self.listed(node)));
             }
             self.above.pop();
@@ -243,28 +243,13 @@ impl Iterator for Listing<'_> {
     }
 }
 
-fn load(store: &Store, digest: &Digest, path: &[u8]) -> Result<Arc<Directory>, ExportError> {
+fn load(store: &Store, digest: &Digest, path: &Cursor) -> Result<Arc<Directory>, ExportError> {
     let directory = store.directories.get(digest)?;
     directory.ok_or_else(|| missing(ObjectKind::Directory, digest, path))
 }
 
-fn missing(kind: ObjectKind, digest: &Digest, path: &[u8]) -> ExportError {
-    ExportError::Missing { path: shown(path), kind, digest: *digest }
-}
-
-fn enter(path: &mut Vec<u8>, name: &Name) {
-    if !path.is_empty() {
-        path.push(b'/');
-    }
-    path.extend_from_slice(name.as_bytes());
-}
-
-fn leave(path: &mut Vec<u8>, name: &Name) {
-    path.truncate(path.len().saturating_sub(name.as_bytes().len() + 1));
-}
-
-fn shown(path: &[u8]) -> String {
-    if path.is_empty() { ".".to_owned() } else { printable(path) }
+fn missing(kind: ObjectKind, digest: &Digest, path: &Cursor) -> ExportError {
+    ExportError::Missing { path: path.to_string(), kind, digest: *digest }
 }
 
 /// The two kinds of things that a digest may name.

@@ -17,8 +17,9 @@ use fuser::{
 };
 
 use super::inodes::{Entries, FileId, Inode, Listing, ROOT};
-use super::{Fault, Shared, lock};
+use super::{Fault, Shared};
 use crate::castore::{Blob, Digest, Name, Node};
+use crate::lock::lock;
 
 /// How long the kernel may believe an answer: for ever, as far as it can count.
 const FOREVER: Duration = Duration::from_secs(u32::MAX as u64);
@@ -144,7 +145,7 @@ impl Castore {
             Inode::Directory(place, Entries::Stored(digest)) => (place, digest),
             _ => return Err(Errno::ENOTDIR),
         };
-        let recent = lock(&self.shared.listings).get(&digest);
+        let recent = self.shared.listings.get(&digest);
         let listing = match recent {
             Some(listing) => listing,
             None => self.load(&digest).map_err(|fault| {
@@ -162,7 +163,7 @@ impl Castore {
         let directory = directory.map_err(|source| Fault::Store { digest, source })?;
         let directory = directory.ok_or(Fault::MissingDirectory { digest })?;
         let listing = Arc::new(Listing::from(&*directory));
-        lock(&self.shared.listings).insert(digest, Arc::clone(&listing), 1 + listing.len());
+        self.shared.listings.insert(digest, Arc::clone(&listing), 1 + listing.len());
         Ok(listing)
     }
 
@@ -190,14 +191,14 @@ impl Castore {
     /// Opens the blob of a file, which must have the length that the file is said to have.
     fn blob(&self, file: FileId) -> Result<Arc<dyn Blob>, Fault> {
         let digest = file.digest;
-        let recent = lock(&self.shared.blobs).get(&digest);
+        let recent = self.shared.blobs.get(&digest);
         let blob = match recent {
             Some(blob) => blob,
             None => {
                 let blob = self.shared.store.blobs.open(&digest);
                 let blob = blob.map_err(|source| Fault::Store { digest, source })?;
                 let blob = blob.ok_or(Fault::MissingBlob { digest })?;
-                lock(&self.shared.blobs).insert(digest, Arc::clone(&blob), 1);
+                self.shared.blobs.insert(digest, Arc::clone(&blob), 1);
                 blob
             }
         };
@@ -280,7 +281,8 @@ impl Filesystem for Castore {
     fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         if parent == INodeNo::ROOT {
             // What isn't there may come: such an answer must not be kept.
-            return match lock(&self.shared.inodes).enter_build(name.as_bytes()) {
+            let entered = lock(&self.shared.inodes).enter_build(name.as_bytes());
+            return match entered {
                 Some(number) => reply.entry(&FOREVER, &self.attributes(number, Shape::Directory), GENERATION),
                 None => reply.error(Errno::ENOENT),
             };

@@ -146,6 +146,7 @@ impl Inodes {
     }
 
     /// How many numbers are alive, the root's not counted.
+    #[cfg(test)]
     pub fn len(&self) -> usize {
         self.records.len()
     }

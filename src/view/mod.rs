@@ -19,7 +19,7 @@ use std::future::Future;
 use std::io;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -28,7 +28,8 @@ use fuser::{INodeNo, Notifier};
 use tokio::sync::watch;
 
 use crate::castore::{Blob, Digest, Name, Node, NodeError, Store, StoreError};
-use crate::recent::Recent;
+use crate::lock::lock;
+use crate::recent::Memo;
 use inodes::{Inodes, Listing};
 
 /// How many blobs are kept open, and so how many file descriptors the view takes.
@@ -67,8 +68,8 @@ impl View {
             store,
             owner,
             inodes: Mutex::new(Inodes::new()),
-            listings: Mutex::new(Recent::new(RECENT_ENTRIES)),
-            blobs: Mutex::new(Recent::new(OPEN_BLOBS)),
+            listings: Memo::new(RECENT_ENTRIES),
+            blobs: Memo::new(OPEN_BLOBS),
             builds: Mutex::new(HashMap::new()),
         });
         let on_end = {
@@ -117,7 +118,8 @@ impl View {
     }
 
     /// How many inodes the view keeps for the kernel, the root's not counted.
-    pub fn inodes(&self) -> usize {
+    #[cfg(test)]
+    fn inodes(&self) -> usize {
         lock(&self.shared.inodes).len()
     }
 }
@@ -265,8 +267,8 @@ struct Shared {
     store: Store,
     owner: Owner,
     inodes: Mutex<Inodes>,
-    listings: Mutex<Recent<Digest, Arc<Listing>>>,
-    blobs: Mutex<Recent<Digest, Arc<dyn Blob>>>,
+    listings: Memo<Digest, Arc<Listing>>,
+    blobs: Memo<Digest, Arc<dyn Blob>>,
     /// Where the faults of each exposed build go, by the number of its directory.
     builds: Mutex<HashMap<u64, watch::Sender<Option<Arc<Fault>>>>>,
 }
@@ -293,11 +295,6 @@ impl Shared {
             tracing::error!("a build can't read its inputs: {fault}");
         }
     }
-}
-
-/// A lock whose holder can't leave the value half changed.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Why a build could not read its inputs.

@@ -123,6 +123,11 @@ impl Request {
         check::all(&draft)?;
         Ok(Self(draft))
     }
+
+    /// The parts, to make another request of.
+    pub fn into_draft(self) -> Draft {
+        self.0
+    }
 }
 
 impl Deref for Request {

@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -13,6 +12,7 @@ use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
 use super::Root;
+use crate::castore::file_blob::FileBlob;
 use crate::castore::node::Digest;
 use crate::castore::traits::{Blob, BlobService, BlobWriter, StoreError};
 
@@ -45,7 +45,7 @@ impl BlobService for Blobs {
         };
         let stat = fstat(&file).map_err(|errno| refused("look at", digest, errno))?;
         let size = regular_size(&stat, digest)?;
-        Ok(Some(Arc::new(LocalBlob { file, size })))
+        Ok(Some(Arc::new(FileBlob::new(file, size))))
     }
 
     fn create(&self) -> Result<Box<dyn BlobWriter>, StoreError> {
@@ -67,34 +67,6 @@ impl Root {
             Err(Errno::ENOENT) => Ok(None),
             Err(errno) => Err(refused("look for", digest, errno)),
         }
-    }
-}
-
-struct LocalBlob {
-    file: File,
-    size: u64,
-}
-
-impl Blob for LocalBlob {
-    fn size(&self) -> u64 {
-        self.size
-    }
-
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-        let mut filled = 0;
-        while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-            match self.file.read_at(rest, offset + filled as u64) {
-                Ok(0) => break,
-                Ok(count) => filled += count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(filled)
-    }
-
-    fn file(&self) -> Option<&File> {
-        Some(&self.file)
     }
 }
 

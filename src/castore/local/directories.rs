@@ -1,14 +1,14 @@
 //! Directories in a database.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use redb::{Database, ReadableDatabase, TableDefinition, TableError};
 
 use super::Root;
-use crate::castore::memo::Memo;
+use crate::castore::children::check_children;
 use crate::castore::node::{Digest, Directory};
 use crate::castore::traits::{DirectoryService, StoreError};
+use crate::recent::Memo;
 
 /// Canonical encodings by digest.
 const TABLE: TableDefinition<&[u8; Digest::LEN], &[u8]> = TableDefinition::new("directories");
@@ -21,7 +21,7 @@ const REMEMBERED_ENTRIES: usize = 256 * 1024;
 
 pub(super) struct Directories {
     database: Database,
-    remembered: Memo<Arc<Directory>>,
+    remembered: Memo<Digest, Arc<Directory>>,
     /// Keeps the store locked.
     _root: Arc<Root>,
 }
@@ -93,30 +93,6 @@ impl Directories {
         }
         writing.commit().map_err(|error| refused("write to", error))
     }
-
-    /// Checks that the children of each directory are in the store or stand before it, and have the sizes
-    /// that it states.
-    fn check_children(&self, directories: &[Directory], encoded: &[Encoded]) -> Result<(), StoreError> {
-        let mut before: HashMap<Digest, u64> = HashMap::with_capacity(directories.len());
-        for (directory, Encoded { digest: parent, .. }) in directories.iter().zip(encoded) {
-            for (name, child, stated) in directory.child_directories() {
-                let actual = match before.get(&child) {
-                    Some(size) => Some(*size),
-                    None => self.get(&child)?.map(|child| child.size()),
-                };
-                let Some(actual) = actual else {
-                    return Err(StoreError::MissingChild { parent: *parent, name: name.to_string(), child });
-                };
-                if actual != stated {
-                    let name = name.to_string();
-                    return Err(StoreError::ChildSize { parent: *parent, name, stated, actual });
-                }
-                before.insert(child, actual);
-            }
-            before.insert(*parent, directory.size());
-        }
-        Ok(())
-    }
 }
 
 impl DirectoryService for Directories {
@@ -134,7 +110,8 @@ impl DirectoryService for Directories {
 
     fn put(&self, directories: Vec<Directory>) -> Result<(), StoreError> {
         let encoded: Vec<Encoded> = directories.iter().map(Encoded::from).collect();
-        self.check_children(&directories, &encoded)?;
+        let digests = encoded.iter().map(|encoded| encoded.digest);
+        check_children(digests.zip(&directories), |child| Ok(self.get(child)?.map(|child| child.size())))?;
         let absent = self.absent(&encoded)?;
         // A commit costs a sync; a tree that is here already should not.
         if absent.is_empty() { Ok(()) } else { self.insert(&absent) }

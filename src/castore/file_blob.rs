@@ -1,0 +1,39 @@
+//! A blob in a file.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use super::traits::Blob;
+
+/// A blob that is all of an open file.
+pub(super) struct FileBlob {
+    file: File,
+    size: u64,
+}
+
+impl FileBlob {
+    /// The blob in `file`, which has `size` bytes.
+    pub(super) fn new(file: File, size: u64) -> Self {
+        Self { file, size }
+    }
+}
+
+impl Blob for FileBlob {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        let mut filled = 0;
+        while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+            match self.file.read_at(rest, offset.saturating_add(filled as u64)) {
+                Ok(0) => break,
+                Ok(count) => filled += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(filled)
+    }
+}
