@@ -53,7 +53,8 @@ pub fn export_unless(
     cancel: &AtomicBool,
 ) -> Result<(), ExportError> {
     let name = Name::new(name.as_bytes()).map_err(|source| ExportError::Name { source })?;
-    let mut export = Export { store, cancel, buffer: vec![0; BUFFER_BYTES], path: Cursor::new(), made: false };
+    let mut export =
+        Export { store, cancel, buffer: vec![0; BUFFER_BYTES], path: Cursor::new(), made: false };
     let done = export.tree(node, dir, &name);
     if done.is_err() && export.made {
         // The first failure is the one to tell of.

@@ -2,6 +2,7 @@
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Args;
 use tokio::sync::watch;
@@ -84,6 +85,9 @@ pub fn run(mut args: DaemonArgs) -> Result<u8, Failed> {
     runtime.block_on(serve(&args.listen, worker.store.clone(), Some(worker.builder.clone())))
 }
 
+/// How long clients may take to go once all builds have ended.
+const CLOSING_PATIENCE: Duration = Duration::from_secs(3);
+
 /// Serves until SIGTERM or SIGINT, then until running builds have ended or a second one comes.
 async fn serve(addresses: &[Address], store: Store, builder: Option<Builder>) -> Result<u8, Failed> {
     let mut signals = Signals::listen()?;
@@ -107,6 +111,10 @@ async fn serve(addresses: &[Address], store: Store, builder: Option<Builder>) ->
                 Ok(Ok(())) | Err(_) => "a server ended early".into(),
             }));
         }
+        () = broken(builder.as_ref()) => {
+            services.stop_serving().await;
+            return Err(Failed("the spawner process is gone; without it no build is possible".into()));
+        }
         _ = signals.next() => {}
     }
     tracing::info!("stopping: running builds go on to their end; a second signal ends them");
@@ -117,11 +125,21 @@ async fn serve(addresses: &[Address], store: Store, builder: Option<Builder>) ->
         }
         // Only now: the streams of the builds go over these servers.
         let _ = stop.send(true);
-        while servers.join_next().await.is_some() {}
+        let ended = async { while servers.join_next().await.is_some() {} };
+        // What is left are uploads, downloads and connections that say nothing.
+        let _ = tokio::time::timeout(CLOSING_PATIENCE, ended).await;
     };
     tokio::select! {
         () = drained => {}
         _ = signals.next() => tracing::info!("stopped: running builds were ended"),
     }
     Ok(0)
+}
+
+/// Waits until no build is possible any more; for ever where none ever was.
+async fn broken(builder: Option<&Builder>) {
+    match builder {
+        Some(builder) => builder.broken().await,
+        None => std::future::pending().await,
+    }
 }

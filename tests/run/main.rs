@@ -5,6 +5,7 @@ use std::process::ExitCode;
 #[path = "../support/mod.rs"]
 mod support;
 
+mod attacks;
 mod data;
 mod endings;
 mod faults;
@@ -17,6 +18,7 @@ fn main() -> ExitCode {
     trials.extend(support::in_every_mode(sandbox::tests()));
     trials.extend(support::in_every_mode(endings::tests()));
     trials.extend(support::in_every_mode(faults::tests()));
+    trials.extend(support::in_every_mode(attacks::tests()));
     trials.push(support::in_mode("full_disk", support::Mode::Root, faults::full_disk));
     support::run(trials)
 }

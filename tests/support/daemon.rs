@@ -17,6 +17,7 @@ pub struct Daemon {
     child: Child,
     socket: PathBuf,
     state: PathBuf,
+    namespace: PathBuf,
     said: Arc<Mutex<String>>,
 }
 
@@ -40,13 +41,14 @@ impl Daemon {
                 *log.lock().unwrap() += &format!("{line}\n");
             }
         });
-        let mut daemon = Daemon { child, socket, state, said };
+        let mut daemon = Daemon { child, socket, state, namespace: PathBuf::new(), said };
         let ready = format!("listening on unix:{}", daemon.socket.display());
         until("the daemon to listen", || {
             let ended = daemon.child.try_wait().unwrap();
             assert!(ended.is_none(), "the daemon ended: {ended:?}\n{}", daemon.said());
             daemon.said().contains(&ready)
         });
+        daemon.namespace = leftovers::mount_namespace(daemon.pid()).unwrap();
         daemon
     }
 
@@ -72,9 +74,10 @@ impl Daemon {
         format!("unix:{}", self.socket.display())
     }
 
-    /// Every process of this daemon, itself included: its arguments name the state directory.
+    /// Every process of this daemon, itself included. Not for one without builds, which has no namespace of its own.
     pub fn processes(&self) -> Vec<String> {
-        leftovers::processes(&self.state.display().to_string())
+        assert_ne!(Some(&self.namespace), leftovers::mount_namespace("self").as_ref());
+        leftovers::family(&self.namespace).into_iter().collect()
     }
 
     /// Scratch directories of builds.

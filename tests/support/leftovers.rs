@@ -1,7 +1,7 @@
 //! Counting what should be gone.
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -27,6 +27,34 @@ pub fn processes(marker: &str) -> Vec<String> {
         }
     }
     found
+}
+
+/// The mount namespace of process `pid` (or "self"); `None` once it is gone.
+pub fn mount_namespace(pid: impl std::fmt::Display) -> Option<PathBuf> {
+    std::fs::read_link(format!("/proc/{pid}/ns/mnt")).ok()
+}
+
+/// Every live process in this mount namespace, and all that descend from them: a program with its spawner and its
+/// sandboxes.
+pub fn family(namespace: &Path) -> BTreeSet<String> {
+    let pids =
+        || names(Path::new("/proc")).into_iter().filter(|name| name.bytes().all(|b| b.is_ascii_digit()));
+    let mut family: BTreeSet<String> =
+        pids().filter(|pid| mount_namespace(pid).is_some_and(|own| own == namespace)).collect();
+    loop {
+        let children: Vec<String> = pids()
+            .filter(|pid| !family.contains(pid) && parent(pid).is_some_and(|parent| family.contains(&parent)))
+            .collect();
+        if children.is_empty() {
+            return family;
+        }
+        family.extend(children);
+    }
+}
+
+fn parent(pid: &str) -> Option<String> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    Some(status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().to_owned())
 }
 
 /// The mounts that process `pid` (or "self") sees, a line each; of a process that is gone: none.
