@@ -213,3 +213,26 @@ fn open_dir(dir: BorrowedFd<'_>, name: &OsStr) -> Result<OwnedFd, Errno> {
         Mode::empty(),
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    /// A build has to get to what lies deep in its scratch path.
+    #[test]
+    fn parents_are_open_whatever_lies_in_them() {
+        let temporary = tempfile::tempdir().unwrap();
+        let dir: OwnedFd = File::open(temporary.path()).unwrap().into();
+        let me = Owner { uid: Uid::effective().as_raw(), gid: Gid::effective().as_raw() };
+        let path = Path::new("a/b/c");
+        let parent = make_parent(dir.as_fd(), path, me).unwrap();
+        make_directory(&parent, OsStr::new("c"), 0o1775, Some(me)).unwrap();
+        make_file(&parent, OsStr::new("f"), b"text", me).unwrap();
+        for (path, mode) in [("a", 0o755), ("a/b", 0o755), ("a/b/c", 0o1775), ("a/b/f", 0o644)] {
+            let found = std::fs::metadata(temporary.path().join(path)).unwrap().permissions().mode();
+            assert_eq!(found & 0o7777, mode, "{path}");
+        }
+    }
+}
