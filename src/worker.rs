@@ -59,7 +59,7 @@ pub enum WorkerStartError {
         source: io::Error,
     },
     /// Another worker uses the state directory.
-    #[error("the state directory {path} is in use by another cofferdam; choose another with --state-dir")]
+    #[error("the state directory {path} is in use by another cofferdam")]
     InUse {
         /// The directory.
         path: PathBuf,

@@ -5,10 +5,9 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use tokio::signal::unix::{SignalKind, signal};
 
 use super::render::{self, End, Format};
-use super::{Failed, StateArgs, cannot, path_parser, runtime};
+use super::{Failed, Signals, StateArgs, cannot, path_parser, runtime, shell, start_failed_here};
 use crate::address::Address;
 use crate::build::events::Event;
 use crate::build::request::Request;
@@ -51,20 +50,23 @@ pub fn run(args: BuildArgs) -> Result<u8, Failed> {
     let end = match args.to {
         Some(address) => runtime()?.block_on(on_daemon(&address, &request, format))?,
         None => {
-            super::start_logging("warn");
+            super::start_logging("warn")?;
             let mut settings = Settings::new(args.state.resolve()?, Lifetime::Lasting);
             settings.max_builds = NonZeroUsize::MIN;
             settings.allowed_host_paths = args.allow_host_path;
-            settings.shell = args.sandbox_shell;
-            let ground = Groundwork::lay(settings)?;
+            settings.shell = args.sandbox_shell.map(shell::checked).transpose()?;
+            let ground = Groundwork::lay(settings).map_err(start_failed_here)?;
             let runtime = runtime()?;
             let worker = ground.build()?;
-            runtime.block_on(in_process(&worker, request.clone(), format))?
+            runtime.block_on(async {
+                let mut signals = Signals::listen()?;
+                in_process(&worker, request.clone(), format, &mut signals).await
+            })?
         }
     };
     match end {
         End::Completed(outputs) => {
-            render::list_outputs(&request, &outputs, format)?;
+            render::list_outputs(&request, &outputs, format);
             Ok(0)
         }
         End::Failed(code) => Ok(code),
@@ -96,27 +98,26 @@ async fn on_daemon(address: &Address, request: &Request, format: Format) -> Resu
     Err(Failed(format!("{address} ended the stream without a result")))
 }
 
-/// Carries out a build with a worker of this program, and shows its events. The worker is at rest afterwards.
+/// Carries out a build with a worker of this program, and shows its events. A signal ends it. The worker is at rest
+/// afterwards.
 ///
 /// # Errors
 /// Where it is cofferdam that fails, or the request.
-pub(super) async fn in_process(worker: &Worker, request: Request, format: Format) -> Result<End, Failed> {
-    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+pub(super) async fn in_process(
+    worker: &Worker,
+    request: Request,
+    format: Format,
+    signals: &mut Signals,
+) -> Result<End, Failed> {
     let shown = show_all(worker, request, format);
     let end = tokio::select! {
         end = shown => end,
-        _ = interrupt.recv() => Ok(End::Failed(EXIT_INTERRUPTED)),
-        _ = terminate.recv() => Ok(End::Failed(EXIT_TERMINATED)),
+        code = signals.next() => Ok(End::Failed(code)),
     };
     // The build was dropped, whichever way it went. Wait for what it held.
     worker.builder.drain().await;
     end
 }
-
-/// 128 + SIGINT.
-const EXIT_INTERRUPTED: u8 = 130;
-/// 128 + SIGTERM.
-const EXIT_TERMINATED: u8 = 143;
 
 async fn show_all(worker: &Worker, request: Request, format: Format) -> Result<End, Failed> {
     let mut build = worker.builder.start(request).await?;

@@ -4,11 +4,10 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::Args;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use super::{Failed, StateArgs, path_parser, runtime};
+use super::{Failed, Signals, StateArgs, path_parser, remark, runtime, shell};
 use crate::address::Address;
 use crate::build::Builder;
 use crate::castore::{LocalStore, Store};
@@ -54,7 +53,7 @@ pub struct DaemonArgs {
 /// # Errors
 /// Where the daemon can't start, or its sockets fail.
 pub fn run(mut args: DaemonArgs) -> Result<u8, Failed> {
-    super::start_logging("info");
+    super::start_logging("info")?;
     if args.listen.is_empty() {
         args.listen.push(Address::Unix(config::default_socket()));
     }
@@ -69,7 +68,7 @@ pub fn run(mut args: DaemonArgs) -> Result<u8, Failed> {
     settings.max_builds = args.max_builds.unwrap_or(settings.max_builds);
     settings.max_waiting = args.max_waiting;
     settings.allowed_host_paths = args.allow_host_path;
-    settings.shell = args.sandbox_shell;
+    settings.shell = args.sandbox_shell.map(shell::checked).transpose()?;
     if args.allow_host_network {
         settings.network = NetworkPolicy::Host;
     }
@@ -87,7 +86,7 @@ pub fn run(mut args: DaemonArgs) -> Result<u8, Failed> {
 
 /// Serves until SIGTERM or SIGINT, then until running builds have ended or a second one comes.
 async fn serve(addresses: &[Address], store: Store, builder: Option<Builder>) -> Result<u8, Failed> {
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let mut signals = Signals::listen()?;
     let services = Services::new(store, builder.clone()).await?;
     let (stop, stopped) = watch::channel(false);
     let mut listeners = Vec::with_capacity(addresses.len());
@@ -99,7 +98,7 @@ async fn serve(addresses: &[Address], store: Store, builder: Option<Builder>) ->
     for (listener, address) in listeners.into_iter().zip(addresses) {
         let bound = listener.address().unwrap_or_else(|_| address.clone());
         servers.spawn(services.serve(listener, stopped.clone()));
-        eprintln!("listening on {bound}");
+        remark(format_args!("listening on {bound}"));
     }
     tokio::select! {
         Some(ended) = servers.join_next() => {
@@ -108,8 +107,7 @@ async fn serve(addresses: &[Address], store: Store, builder: Option<Builder>) ->
                 Ok(Ok(())) | Err(_) => "a server ended early".into(),
             }));
         }
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+        _ = signals.next() => {}
     }
     tracing::info!("stopping: running builds go on to their end; a second signal ends them");
     services.stop_serving().await;
@@ -123,8 +121,7 @@ async fn serve(addresses: &[Address], store: Store, builder: Option<Builder>) ->
     };
     tokio::select! {
         () = drained => {}
-        _ = terminate.recv() => tracing::info!("stopped: running builds were ended"),
-        _ = interrupt.recv() => tracing::info!("stopped: running builds were ended"),
+        _ = signals.next() => tracing::info!("stopped: running builds were ended"),
     }
     Ok(0)
 }

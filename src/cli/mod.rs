@@ -4,15 +4,19 @@ pub mod build;
 pub mod daemon;
 mod render;
 pub mod run;
+mod shell;
 pub mod store;
 
 use std::ffi::OsStr;
+use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::config;
+use crate::worker::WorkerStartError;
 
 /// Exit code where cofferdam itself fails, as in other programs that run programs.
 pub const EXIT_FAILURE: u8 = 125;
@@ -59,13 +63,18 @@ pub fn main(arguments: impl IntoIterator<Item = impl Into<std::ffi::OsString> + 
     match done {
         Ok(code) => code.into(),
         Err(failure) => {
-            eprintln!("cofferdam: {failure}");
+            remark(format_args!("cofferdam: {failure}"));
             EXIT_FAILURE.into()
         }
     }
 }
 
-/// What a subcommand could not do, in words.
+/// A line on standard error. That nobody can read it is no reason to stop.
+fn remark(line: std::fmt::Arguments<'_>) {
+    let _ = writeln!(io::stderr(), "{line}");
+}
+
+/// What a subcommand could not do, in words: what was tried, on what, and why not.
 #[derive(Debug)]
 pub struct Failed(String);
 
@@ -75,10 +84,48 @@ impl std::fmt::Display for Failed {
     }
 }
 
-impl<E: std::error::Error> From<E> for Failed {
-    fn from(error: E) -> Self {
-        Self(error.to_string())
+/// Errors that say what was tried, and on what. `io::Error` doesn't: it goes through [`cannot`] or the like.
+macro_rules! complete {
+    ($($error:ty),* $(,)?) => { $(
+        impl From<$error> for Failed {
+            fn from(error: $error) -> Self {
+                Self(error.to_string())
+            }
+        }
+    )* };
+}
+
+complete! {
+    crate::address::ConnectError,
+    crate::build::error::Fault,
+    crate::build::request::PathFault,
+    crate::castore::NodeError,
+    crate::castore::StoreError,
+    crate::castore::ingest::IngestError,
+    crate::castore::tree::ExportError,
+    crate::remote::RemoteError,
+    crate::server::ServicesError,
+    crate::server::listen::ListenError,
+}
+
+impl From<WorkerStartError> for Failed {
+    fn from(error: WorkerStartError) -> Self {
+        start_failed(error, "")
     }
+}
+
+/// A worker that can't start. Where another one has the state directory there is a way out, or `more` than one.
+fn start_failed(error: WorkerStartError, more: &str) -> Failed {
+    let advice = match error {
+        WorkerStartError::InUse { .. } => format!("; choose another with --state-dir{more}"),
+        _ => String::new(),
+    };
+    Failed(format!("{error}{advice}"))
+}
+
+/// For subcommands that can turn to a daemon instead.
+fn start_failed_here(error: WorkerStartError) -> Failed {
+    start_failed(error, ", or have the daemon that uses it do this with --to ADDR")
 }
 
 /// `act` was tried on `path` and refused.
@@ -91,7 +138,7 @@ fn cannot(act: &str, path: &Path, error: impl std::fmt::Display) -> Failed {
 struct StateArgs {
     /// Keep the store and the scratch space in DIR [default: /var/lib/cofferdam for root,
     /// $XDG_STATE_HOME/cofferdam or ~/.local/state/cofferdam for others]
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", global = true)]
     state_dir: Option<PathBuf>,
 }
 
@@ -120,11 +167,22 @@ fn path_parser() -> impl clap::builder::TypedValueParser<Value = PathBuf> {
 }
 
 /// Log lines of the program itself go to standard error; `COFFERDAM_LOG` chooses which.
-fn start_logging(default: &str) {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("COFFERDAM_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+fn start_logging(default: &str) -> Result<(), Failed> {
+    let chosen = std::env::var_os(LOG_VARIABLE).unwrap_or_default();
+    let directives = if chosen.is_empty() { OsStr::new(default) } else { &chosen };
+    let filter = tracing_subscriber::EnvFilter::try_new(directives.to_string_lossy())
+        .map_err(|error| Failed(format!("{LOG_VARIABLE}=\"{}\": {error}", directives.display())))?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
+        // A line that can't be written would be told on standard error, with a panic.
+        .log_internal_errors(false)
+        .init();
+    Ok(())
 }
+
+const LOG_VARIABLE: &str = "COFFERDAM_LOG";
 
 /// The executor. Only now may the program have threads.
 fn runtime() -> Result<tokio::runtime::Runtime, Failed> {
@@ -133,3 +191,30 @@ fn runtime() -> Result<tokio::runtime::Runtime, Failed> {
         .build()
         .map_err(|error| Failed(format!("can't start threads: {error}")))
 }
+
+/// The signals that ask this program to end. Once it listens to them they do nothing by themselves.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    /// Must be called on the executor.
+    fn listen() -> Result<Self, Failed> {
+        let on = |kind| signal(kind).map_err(|error| Failed(format!("can't listen to signals: {error}")));
+        Ok(Self { interrupt: on(SignalKind::interrupt())?, terminate: on(SignalKind::terminate())? })
+    }
+
+    /// The exit code that the next one stands for. None is lost between two calls.
+    async fn next(&mut self) -> u8 {
+        tokio::select! {
+            _ = self.interrupt.recv() => EXIT_INTERRUPTED,
+            _ = self.terminate.recv() => EXIT_TERMINATED,
+        }
+    }
+}
+
+/// 128 + SIGINT.
+const EXIT_INTERRUPTED: u8 = 130;
+/// 128 + SIGTERM.
+const EXIT_TERMINATED: u8 = 143;

@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 
+use super::{Failed, remark};
 use crate::build::events::{Event, LogStream, Output};
 use crate::build::request::Request;
 use crate::castore::Node;
@@ -27,10 +28,10 @@ pub enum End {
 ///
 /// # Errors
 /// Where standard output or error can't be written to.
-pub fn show(event: &Event, format: Format) -> io::Result<Option<End>> {
+pub fn show(event: &Event, format: Format) -> Result<Option<End>, Failed> {
     match format {
         Format::Plain => plain(event)?,
-        Format::Json => writeln!(io::stdout(), "{}", event.to_json())?,
+        Format::Json => writeln!(io::stdout(), "{}", event.to_json()).map_err(no_stdout)?,
     }
     Ok(match event {
         Event::Completed { outputs } => Some(End::Completed(outputs.clone())),
@@ -39,17 +40,27 @@ pub fn show(event: &Event, format: Format) -> io::Result<Option<End>> {
     })
 }
 
-fn plain(event: &Event) -> io::Result<()> {
+/// Standard output refused to be written to.
+pub fn no_stdout(error: io::Error) -> Failed {
+    Failed(format!("can't write to standard output: {error}"))
+}
+
+fn plain(event: &Event) -> Result<(), Failed> {
     match event {
         Event::Log { stream: LogStream::Stdout, data } => {
             let mut out = io::stdout().lock();
-            out.write_all(data)?;
-            out.flush()
+            out.write_all(data).and_then(|()| out.flush()).map_err(no_stdout)
         }
-        Event::Log { stream: LogStream::Stderr, data } => io::stderr().lock().write_all(data),
+        Event::Log { stream: LogStream::Stderr, data } => {
+            let written = io::stderr().lock().write_all(data);
+            written.map_err(|error| Failed(format!("can't write to standard error: {error}")))
+        }
         // A code of the command's own says it all, as in a shell.
         Event::Failed(failure) if failure.exit_code.is_some_and(|code| code < EXIT_NOT_EXECUTABLE) => Ok(()),
-        Event::Failed(failure) => writeln!(io::stderr(), "cofferdam: {}", failure.message),
+        Event::Failed(failure) => {
+            remark(format_args!("cofferdam: {}", failure.message));
+            Ok(())
+        }
         _ => Ok(()),
     }
 }
@@ -65,20 +76,18 @@ fn exit_code(code: Option<i32>) -> u8 {
 }
 
 /// Says which outputs there are, by path, kind and digest, and which needles are in them.
-pub fn list_outputs(request: &Request, outputs: &[Output], format: Format) -> io::Result<()> {
+pub fn list_outputs(request: &Request, outputs: &[Output], format: Format) {
     if let Format::Json = format {
-        return Ok(());
+        return;
     }
-    let mut out = io::stderr().lock();
     for (path, output) in request.outputs.iter().zip(outputs) {
-        writeln!(out, "{path}: {}", describe(&output.node))?;
+        remark(format_args!("{path}: {}", describe(&output.node)));
         for needle in
             output.needles.iter().filter_map(|index| request.needles.get(usize::try_from(*index).ok()?))
         {
-            writeln!(out, "{path}: refers to {}", crate::castore::node::printable(needle))?;
+            remark(format_args!("{path}: refers to {}", crate::castore::node::printable(needle)));
         }
     }
-    Ok(())
 }
 
 /// A node in words: its kind and its digest or target.

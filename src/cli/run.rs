@@ -5,16 +5,19 @@ use std::ffi::{OsStr, OsString};
 use std::num::NonZeroUsize;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Args;
+use nix::unistd::{AccessFlags, eaccess};
 
 use super::render::{End, Format};
-use super::{Failed, build, cannot, path_parser, runtime, store};
+use super::{Failed, Signals, build, cannot, path_parser, remark, runtime, store};
 use crate::build::events::Output;
-use crate::build::request::{Constraints, Draft, Network, Request, SandboxPath, Shell};
+use crate::build::request::{Constraints, Draft, InvalidRequest, Network, Request, SandboxPath, Shell};
 use crate::castore::{Directory, Name, Node, Store};
 use crate::config::{Lifetime, NetworkPolicy, Settings};
-use crate::worker::{Groundwork, Worker};
+use crate::worker::Groundwork;
 
 const INPUTS: &str = "inputs";
 const OUTPUTS: &str = "outputs";
@@ -80,7 +83,7 @@ pub struct RunArgs {
 /// # Errors
 /// Where it is cofferdam that fails, or an argument makes no sense.
 pub fn run(args: RunArgs) -> Result<u8, Failed> {
-    super::start_logging("warn");
+    super::start_logging("warn")?;
     let wanted = Wanted::from_args(args)?;
     let (state_dir, lifetime) = match &wanted.state_dir {
         Some(dir) => (dir.clone(), Lifetime::Lasting),
@@ -97,16 +100,25 @@ pub fn run(args: RunArgs) -> Result<u8, Failed> {
     let (names, out_dir, format) = (wanted.outputs.clone(), wanted.out_dir.clone(), wanted.format);
     let request = wanted.request(&worker.store)?;
     let needles = request.needles.clone();
-    match runtime.block_on(build::in_process(&worker, request, format))? {
-        End::Failed(code) => Ok(code),
-        End::Completed(outputs) => {
-            deliver(&worker, &names, &outputs, &out_dir)?;
-            if let Format::Plain = format {
-                tell_needles(&names, &outputs, &needles);
-            }
-            Ok(0)
+    runtime.block_on(async {
+        let mut signals = Signals::listen()?;
+        let outputs = match build::in_process(&worker, request, format, &mut signals).await? {
+            End::Failed(code) => return Ok(code),
+            End::Completed(outputs) => outputs,
+        };
+        let delivery = Delivery {
+            store: worker.store.clone(),
+            nodes: names.iter().cloned().zip(outputs.iter().map(|output| output.node.clone())).collect(),
+            out_dir,
+        };
+        if let Some(code) = delivery.unless(&mut signals).await? {
+            return Ok(code);
         }
-    }
+        if let Format::Plain = format {
+            tell_needles(&names, &outputs, &needles);
+        }
+        Ok(0)
+    })
 }
 
 /// A directory of this run's own. Its name says whose it is, should a power cut leave it.
@@ -117,7 +129,7 @@ fn temporary_dir() -> Result<PathBuf, Failed> {
     nix::unistd::mkdtemp(&template).map_err(|error| cannot("make a directory in", &parent, error))
 }
 
-/// What the arguments mean, checked as far as that goes without touching anything.
+/// What the arguments mean, checked as far as that goes without reading the inputs.
 struct Wanted {
     rootfs: Option<PathBuf>,
     inputs: BTreeMap<Name, PathBuf>,
@@ -131,52 +143,39 @@ struct Wanted {
 
 impl Wanted {
     fn from_args(args: RunArgs) -> Result<Self, Failed> {
-        let mut inputs = BTreeMap::new();
-        for argument in &args.input {
-            let (name, path) = key_value("--input", argument)?;
-            let path = PathBuf::from(OsStr::from_bytes(path));
-            // Later errors would come after minutes of copying.
-            path.metadata().map_err(|error| cannot("use input", &path, error))?;
-            let name = name_of("--input", name)?;
-            if inputs.insert(name.clone(), path).is_some() {
-                return Err(Failed(format!("--input: the name {name} is given twice")));
-            }
-        }
-        let mut ro_paths: BTreeSet<PathBuf> = args.host_path.into_iter().collect();
-        if args.host_tools {
-            ro_paths.extend(host_tools());
-        }
-        for path in &ro_paths {
-            path.metadata().map_err(|error| cannot("use host path", path, error))?;
-        }
-        if args.needle.iter().any(|needle| needle.is_empty()) {
-            return Err(Failed("--needle: an empty string is everywhere".into()));
-        }
-        let outputs = args.output.iter().map(|name| name_of("--output", name.as_bytes()));
-        let outputs = outputs.collect::<Result<Vec<_>, _>>()?;
-        check_destination(&args.out_dir, &outputs)?;
+        let inputs = inputs(&args.input)?;
         if let Some(rootfs) = &args.rootfs {
             std::fs::read_dir(rootfs).map_err(|error| cannot("use root file system", rootfs, error))?;
         }
-        Ok(Self {
-            draft: Draft {
-                command: args.command.into_iter().map(OsString::into_vec).collect(),
-                working_dir: SandboxPath::new(BUILD)?,
-                scratch_paths: [SandboxPath::new(BUILD)?, SandboxPath::new(OUTPUTS)?].into(),
-                outputs: outputs
-                    .iter()
-                    .map(|name| SandboxPath::new(OUTPUTS)?.join(name))
-                    .collect::<Result<_, _>>()?,
-                environment: environment(&args.env)?,
-                constraints: Constraints {
-                    ro_paths: ro_paths.into_iter().collect(),
-                    network: if args.network { Network::Required } else { Network::None },
-                    shell: Shell::None,
-                    ..Constraints::default()
-                },
-                needles: args.needle.into_iter().map(OsString::into_vec).collect(),
-                ..Draft::default()
+        let outputs = args.output.iter().map(|name| name_of("--output", name.as_bytes()));
+        let outputs = outputs.collect::<Result<Vec<_>, _>>()?;
+        let draft = Draft {
+            command: args.command.into_iter().map(OsString::into_vec).collect(),
+            working_dir: SandboxPath::new(BUILD)?,
+            scratch_paths: [SandboxPath::new(BUILD)?, SandboxPath::new(OUTPUTS)?].into(),
+            inputs_dir: match &args.rootfs {
+                None => SandboxPath::new(INPUTS)?,
+                Some(_) => SandboxPath::root(),
             },
+            outputs: outputs
+                .iter()
+                .map(|name| SandboxPath::new(OUTPUTS)?.join(name))
+                .collect::<Result<_, _>>()?,
+            environment: environment(&args.env)?,
+            constraints: Constraints {
+                ro_paths: host_paths(args.host_path, args.host_tools)?,
+                network: if args.network { Network::Required } else { Network::None },
+                shell: Shell::None,
+                ..Constraints::default()
+            },
+            needles: args.needle.into_iter().map(OsString::into_vec).collect(),
+            ..Draft::default()
+        };
+        // The inputs may take minutes to copy: whatever is wrong without them is told before.
+        let draft = Request::new(draft).map_err(in_options)?.into_draft();
+        check_destination(&args.out_dir, &outputs)?;
+        Ok(Self {
+            draft,
             rootfs: args.rootfs,
             inputs,
             outputs,
@@ -193,15 +192,54 @@ impl Wanted {
             inputs.insert(name, store::add(store, &path, &[])?);
         }
         let mut draft = self.draft;
-        match self.rootfs {
-            None => {
-                draft.inputs_dir = SandboxPath::new(INPUTS)?;
-                draft.inputs = inputs;
-            }
-            Some(rootfs) => draft.inputs = root_inputs(store, &rootfs, inputs)?,
-        }
-        Ok(Request::new(draft)?)
+        draft.inputs = match self.rootfs {
+            None => inputs,
+            Some(rootfs) => root_inputs(store, &rootfs, inputs)?,
+        };
+        Request::new(draft).map_err(in_options)
     }
+}
+
+/// What is wrong with a request, told of the option that it comes from.
+fn in_options(error: InvalidRequest) -> Failed {
+    let field = error.field.split('[').next().unwrap_or_default();
+    let option = match field {
+        "command_args" => "COMMAND",
+        "inputs" => "--input",
+        "outputs" => "--output",
+        "environment_vars" => "--env",
+        "constraints.available_ro_paths" => "--host-path",
+        "refscan_needles" => "--needle",
+        _ => &error.field,
+    };
+    Failed(format!("{option}: {}", error.fault))
+}
+
+/// The inputs by name, each of which is there.
+fn inputs(arguments: &[OsString]) -> Result<BTreeMap<Name, PathBuf>, Failed> {
+    let mut inputs = BTreeMap::new();
+    for argument in arguments {
+        let (name, path) = key_value("--input", argument)?;
+        let path = PathBuf::from(OsStr::from_bytes(path));
+        path.metadata().map_err(|error| cannot("use input", &path, error))?;
+        let name = name_of("--input", name)?;
+        if inputs.insert(name.clone(), path).is_some() {
+            return Err(Failed(format!("--input: the name {name} is given twice")));
+        }
+    }
+    Ok(inputs)
+}
+
+/// What of the host is shown, once each.
+fn host_paths(given: Vec<PathBuf>, tools: bool) -> Result<Vec<PathBuf>, Failed> {
+    let mut paths: BTreeSet<PathBuf> = given.into_iter().collect();
+    if tools {
+        paths.extend(host_tools());
+    }
+    for path in &paths {
+        path.metadata().map_err(|error| cannot("use host path", path, error))?;
+    }
+    Ok(paths.into_iter().collect())
 }
 
 /// The entries of a root file system, and the inputs in a directory beside them.
@@ -280,6 +318,8 @@ fn check_destination(out_dir: &Path, outputs: &[Name]) -> Result<(), Failed> {
     if !dir.is_dir() {
         return Err(cannot("write outputs to", out_dir, "it is not a directory"));
     }
+    eaccess(out_dir, AccessFlags::W_OK | AccessFlags::X_OK)
+        .map_err(|errno| cannot("write outputs to", out_dir, std::io::Error::from(errno)))?;
     for name in outputs {
         let path = out_dir.join(name.as_os_str());
         if path.symlink_metadata().is_ok_and(|found| found.is_dir()) {
@@ -293,33 +333,60 @@ fn check_destination(out_dir: &Path, outputs: &[Name]) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Writes the outputs to the out directory. Each is complete before it takes its name.
-fn deliver(worker: &Worker, names: &[Name], outputs: &[Output], out_dir: &Path) -> Result<(), Failed> {
-    for (name, output) in names.iter().zip(outputs) {
-        let path = out_dir.join(name.as_os_str());
-        let mut hidden = OsString::from(".cofferdam-");
-        hidden.push(format!("{}-", std::process::id()));
-        // Names have an end; the longest ones keep a part.
-        hidden.push(OsStr::from_bytes(name.as_bytes().get(..200).unwrap_or(name.as_bytes())));
-        let hidden = out_dir.join(hidden);
-        store::put(&worker.store, &output.node, &hidden)?;
-        std::fs::rename(&hidden, &path).map_err(|error| {
-            // What could not take its place must not stay under another name.
-            let _ = if hidden.is_dir() {
-                std::fs::remove_dir_all(&hidden)
-            } else {
-                std::fs::remove_file(&hidden)
-            };
-            cannot("write", &path, error)
-        })?;
+/// Outputs on their way from the store to the out directory.
+struct Delivery {
+    store: Store,
+    nodes: Vec<(Name, Node)>,
+    out_dir: PathBuf,
+}
+
+impl Delivery {
+    /// Writes the outputs, unless a signal comes: then what is half written is removed, and the exit code that stands
+    /// for the signal is the result.
+    async fn unless(self, signals: &mut Signals) -> Result<Option<u8>, Failed> {
+        let cancel = Arc::new(AtomicBool::new(false));
+        let cancelled = Arc::clone(&cancel);
+        let mut writing = tokio::task::spawn_blocking(move || self.write(&cancelled));
+        let lost = |error| Failed(format!("can't write the outputs: {error}"));
+        tokio::select! {
+            written = &mut writing => written.map_err(lost)?.map(|()| None),
+            code = signals.next() => {
+                cancel.store(true, Ordering::Relaxed);
+                // It has removed what it could. If it was just done, or failed, the signal is still the first cause.
+                let _ = writing.await;
+                Ok(Some(code))
+            }
+        }
     }
-    Ok(())
+
+    /// Each output is complete before it takes its name.
+    fn write(&self, cancel: &AtomicBool) -> Result<(), Failed> {
+        for (name, node) in &self.nodes {
+            let path = self.out_dir.join(name.as_os_str());
+            let mut hidden = OsString::from(".cofferdam-");
+            hidden.push(format!("{}-", std::process::id()));
+            // Names have an end; the longest ones keep a part.
+            hidden.push(OsStr::from_bytes(name.as_bytes().get(..200).unwrap_or(name.as_bytes())));
+            let hidden = self.out_dir.join(hidden);
+            store::put(&self.store, node, &hidden, cancel)?;
+            std::fs::rename(&hidden, &path).map_err(|error| {
+                // What could not take its place must not stay under another name.
+                let _ = if hidden.is_dir() {
+                    std::fs::remove_dir_all(&hidden)
+                } else {
+                    std::fs::remove_file(&hidden)
+                };
+                cannot("write", &path, error)
+            })?;
+        }
+        Ok(())
+    }
 }
 
 fn tell_needles(names: &[Name], outputs: &[Output], needles: &[Vec<u8>]) {
     for (name, output) in names.iter().zip(outputs) {
         for needle in output.needles.iter().filter_map(|index| needles.get(usize::try_from(*index).ok()?)) {
-            eprintln!("cofferdam: {name} contains {}", needle.escape_ascii());
+            remark(format_args!("cofferdam: {name} contains {}", needle.escape_ascii()));
         }
     }
 }

@@ -10,7 +10,7 @@ use std::sync::atomic::AtomicBool;
 
 use clap::{Args, Subcommand};
 
-use super::{Failed, StateArgs, cannot, render, runtime};
+use super::{Failed, StateArgs, cannot, render, runtime, start_failed_here};
 use crate::address::Address;
 use crate::castore::ingest::Ingest;
 use crate::castore::node::printable;
@@ -27,10 +27,8 @@ pub struct StoreArgs {
     /// Use the store of a daemon: unix:PATH, HOST:PORT, grpc+unix:PATH or grpc+http://HOST:PORT
     #[arg(long, value_name = "ADDR", global = true, conflicts_with = "state_dir")]
     to: Option<Address>,
-    /// Use the store in DIR [default: /var/lib/cofferdam for root, $XDG_STATE_HOME/cofferdam or
-    /// ~/.local/state/cofferdam for others]
-    #[arg(long, value_name = "DIR", global = true)]
-    state_dir: Option<PathBuf>,
+    #[command(flatten)]
+    state: StateArgs,
 }
 
 #[derive(Debug, Subcommand)]
@@ -41,6 +39,10 @@ enum StoreCommand {
         path: PathBuf,
     },
     /// Write a file or a directory of the store to DEST, which must not be there yet.
+    ///
+    /// A digest stands for contents alone. A file comes back without the permission to execute it: that is part of the
+    /// directory it was in. No contents at all have one digest, of the empty file and of the empty directory: it comes
+    /// back as a directory if the store has an empty one, else as a file.
     Get {
         /// What `store add` printed
         digest: String,
@@ -59,7 +61,7 @@ enum StoreCommand {
 /// # Errors
 /// Where the store, or the file system, refuses.
 pub fn run(args: StoreArgs) -> Result<(), Failed> {
-    super::start_logging("warn");
+    super::start_logging("warn")?;
     // Nothing is opened for what can't be meant.
     let command = Checked::try_from(args.command)?;
     match args.to {
@@ -72,7 +74,7 @@ pub fn run(args: StoreArgs) -> Result<(), Failed> {
         }
         None => {
             let state =
-                StateDir::take(&StateArgs { state_dir: args.state_dir }.resolve()?, Lifetime::Lasting)?;
+                StateDir::take(&args.state.resolve()?, Lifetime::Lasting).map_err(start_failed_here)?;
             command.run(&LocalStore::open(&state.store())?.store())
         }
     }
@@ -105,7 +107,7 @@ impl Checked {
                 let node = add(store, &path, &[])?;
                 match node {
                     Node::Directory { digest, .. } | Node::File { digest, .. } => {
-                        Ok(writeln!(io::stdout(), "{digest}")?)
+                        writeln!(io::stdout(), "{digest}").map_err(render::no_stdout)
                     }
                     // `add` follows links, so this is one that was made just now.
                     Node::Symlink { .. } => Err(cannot("add", &path, "it is a symbolic link")),
@@ -113,14 +115,14 @@ impl Checked {
             }
             Self::Get(digest, dest) => {
                 let node = find(store, &digest)?;
-                put(store, &node, &dest)
+                put(store, &node, &dest, &AtomicBool::new(false))
             }
             Self::Ls(digest) => {
                 let mut out = io::stdout().lock();
                 for entry in tree::list(store, &find(store, &digest)?) {
                     let (path, node) = entry?;
                     let path = if path.is_empty() { ".".into() } else { printable(&path) };
-                    writeln!(out, "{path}: {}", render::describe(&node))?;
+                    writeln!(out, "{path}: {}", render::describe(&node)).map_err(render::no_stdout)?;
                 }
                 Ok(())
             }
@@ -138,14 +140,15 @@ pub(super) fn add(store: &Store, path: &Path, skip: &[&[u8]]) -> Result<Node, Fa
     Ok(ingest.path(&found)?)
 }
 
-/// Lays `node` out at `dest`, which must not be there.
-pub(super) fn put(store: &Store, node: &Node, dest: &Path) -> Result<(), Failed> {
+/// Lays `node` out at `dest`, which must not be there. Once `cancel` is true it removes what it has made and fails.
+pub(super) fn put(store: &Store, node: &Node, dest: &Path, cancel: &AtomicBool) -> Result<(), Failed> {
     let Some(name) = dest.file_name() else {
         return Err(cannot("write", dest, "the path has no name at its end"));
     };
     let parent = dest.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let dir = File::open(parent).map_err(|error| cannot("open", parent, error))?;
-    tree::export(store, node, dir.as_fd(), OsStr::new(name)).map_err(|error| cannot("write", dest, error))
+    tree::export_unless(store, node, dir.as_fd(), OsStr::new(name), cancel)
+        .map_err(|error| cannot("write", dest, error))
 }
 
 /// The node that a digest alone stands for: a directory if there is one, else a file.
