@@ -34,15 +34,15 @@ fn is_static(path: &Path) -> io::Result<Result<(), &'static str>> {
         return Ok(Err("it is not executable"));
     }
     let file = File::open(path)?;
-    let ended = |error: io::Error| match error.kind() {
-        io::ErrorKind::UnexpectedEof => Ok(Err("it is not an ELF program, or a part of one")),
-        _ => Err(error),
-    };
     match has_loader(&file) {
         Ok(Some(false)) => Ok(Ok(())),
         Ok(Some(true)) => Ok(Err("it is dynamically linked, and builds don't have its loader and libraries")),
         Ok(None) => Ok(Err("it is not an ELF program of this byte order")),
-        Err(error) => ended(error),
+        // Headers that lie past the end of the file, or of all files.
+        Err(error) if matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidInput) => {
+            Ok(Err("it is not an ELF program, or a part of one"))
+        }
+        Err(error) => Err(error),
     }
 }
 
@@ -58,7 +58,6 @@ fn has_loader(file: &File) -> io::Result<Option<bool>> {
     let size = u16::from_ne_bytes(read(file, sizes)?);
     let count = u16::from_ne_bytes(read(file, sizes + 2)?);
     for index in 0..u64::from(count) {
-        // Past the end of any file is past the end of this one.
         let at = offset.saturating_add(index * u64::from(size));
         if u32::from_ne_bytes(read(file, at)?) == PT_INTERP {
             return Ok(Some(true));

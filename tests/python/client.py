@@ -457,6 +457,7 @@ class Client(unittest.TestCase):
             (constraints(system="riscv64-plan9"), "riscv64-plan9"),
             (constraints(available_ro_paths=[*HOST_TOOLS, "/var"]), "/var"),
             (constraints(network_access=True), "network"),
+            (constraints(min_memory=1 << 62), "min_memory"),
             (constraints(available_ro_paths=[], provide_bin_sh=True), "/bin/sh"),
         ]
         for wanted, text in table:

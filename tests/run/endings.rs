@@ -1,11 +1,11 @@
 //! However a run ends, nothing of it stays.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
 use crate::named;
-use crate::support::leftovers::{self, LIMIT, gone, marker, mounts, names, processes};
+use crate::support::leftovers::{self, LIMIT, gone, marker, mounts, names, processes, until};
 use crate::support::{Case, case::Running};
 
 pub fn tests() -> impl IntoIterator<Item = (&'static str, fn(&Case))> {
@@ -14,10 +14,12 @@ pub fn tests() -> impl IntoIterator<Item = (&'static str, fn(&Case))> {
         nothing_stays_after_failure,
         host_mounts_are_untouched,
         a_background_process_does_not_delay,
+        an_orphan_ends_by_any_signal,
         a_closed_stdout_does_not_end_the_build,
         interrupt_ends_it,
         terminate_ends_it,
         kill_ends_it,
+        an_interrupt_while_outputs_are_written,
         two_at_a_time,
         many_at_a_time,
     ]
@@ -61,6 +63,13 @@ fn a_background_process_does_not_delay(case: &Case) {
     assert_eq!(case.read("x"), b"ok\n");
 }
 
+fn an_orphan_ends_by_any_signal(case: &Case) {
+    for signal in [9, 11, 40] {
+        let script = format!("( sh -c 'kill -{signal} $$' & ); sleep 0.5; echo survived");
+        case.run(&[], &script).code(0).says("survived\n");
+    }
+}
+
 fn a_closed_stdout_does_not_end_the_build(case: &Case) {
     case.run(&["--output", "x"], "exec >&- 2>&-; sleep 0.5; echo ok > /outputs/x").code(0);
     assert_eq!(case.read("x"), b"ok\n");
@@ -95,6 +104,25 @@ fn terminate_ends_it(case: &Case) {
 
 fn kill_ends_it(case: &Case) {
     ends_with(case, Signal::SIGKILL);
+}
+
+fn an_interrupt_while_outputs_are_written(case: &Case) {
+    for (signal, code) in [(Signal::SIGINT, 130), (Signal::SIGTERM, 143)] {
+        let script = "echo small > /outputs/a; truncate -s 1G /outputs/b";
+        let running = Running::start(case.run_command(&["--output", "a", "--output", "b"], script));
+        let hidden = || {
+            names(&case.path(""))
+                .into_iter()
+                .any(|name| name.starts_with(".cofferdam-") && name.ends_with("-b"))
+        };
+        until("the second output to be written", hidden);
+        running.signal(signal);
+        let sent = Instant::now();
+        running.finish().code(code);
+        assert!(sent.elapsed() < LIMIT, "took {:?}", sent.elapsed());
+        assert_eq!(names(&case.path("")).into_iter().collect::<Vec<_>>(), ["a"]);
+        gone("something in TMPDIR", || names(&case.tmp()));
+    }
 }
 
 fn two_at_a_time(case: &Case) {

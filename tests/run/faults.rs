@@ -1,9 +1,9 @@
 //! Bad input is told plainly, before anything runs, with cofferdam's own exit code.
 
 use crate::named;
-use crate::support::case::finish;
+use crate::support::case::{finish, set_mode};
 use crate::support::leftovers::names;
-use crate::support::{Case, binary};
+use crate::support::{Case, Mode, binary};
 
 pub fn tests() -> impl IntoIterator<Item = (&'static str, fn(&Case))> {
     named![bad_arguments, an_unreadable_input, an_unusable_state_dir, an_unusable_out_dir]
@@ -29,10 +29,14 @@ const BAD: &[(&[&str], &str)] = &[
     (&["--host-path", "/no/such/path"], "/no/such/path"),
     (&["--rootfs", "no/such/root"], "no/such/root"),
     (&["--rootfs", "file"], "file"),
+    // By option, and before the input is read, which has something in it that can't be.
+    (&["--input", "bad=bad", "--output", "same", "--output", "same"], "--output"),
+    (&["--input", "bad=bad", "--needle", ""], "--needle"),
 ];
 
 fn bad_arguments(case: &Case) {
     case.write("file", "");
+    std::os::unix::net::UnixListener::bind(case.make_dir("bad").join("a-socket")).unwrap();
     let before = names(&case.path(""));
     for (flags, named) in BAD {
         let ran = case.run(flags, "echo ran").code(125).says("");
@@ -62,6 +66,13 @@ fn an_unusable_out_dir(case: &Case) {
         .code(125)
         .says("")
         .complains("file");
+    if case.mode != Mode::Root {
+        set_mode(&case.make_dir("closed"), 0o555);
+        case.run(&["--out-dir", "closed", "--output", "x"], "echo ran; touch /outputs/x")
+            .code(125)
+            .says("")
+            .complains("closed: Permission denied");
+    }
 }
 
 /// Ingesting an input fills a small disk, which only this command sees.

@@ -10,6 +10,8 @@ pub fn tests() -> impl IntoIterator<Item = (&'static str, fn(&Case))> {
         a_long_line_arrives_whole,
         many_lines_keep_their_order,
         stdin_is_empty,
+        a_broken_stdout_is_told,
+        a_broken_stderr_is_borne,
         exit_codes,
         command_not_found,
         command_not_executable,
@@ -45,12 +47,36 @@ fn stdin_is_empty(case: &Case) {
     case.run(&[], "wc -c").code(0).says("0\n");
 }
 
+/// A pipe that nobody reads from.
+fn broken_pipe() -> std::io::PipeWriter {
+    std::io::pipe().unwrap().1
+}
+
+fn a_broken_stdout_is_told(case: &Case) {
+    let run = case.run_command(&[], "echo hi").stdout(broken_pipe()).output().unwrap();
+    assert_eq!(run.status.code(), Some(125));
+    let told = String::from_utf8_lossy(&run.stderr);
+    assert_eq!(told, "cofferdam: can't write to standard output: Broken pipe (os error 32)\n");
+}
+
+fn a_broken_stderr_is_borne(case: &Case) {
+    let flags = ["--output", "x", "--needle", "hi"];
+    let mut command = case.run_command(&flags, "echo hi > /outputs/x");
+    let run = command.stderr(broken_pipe()).output().unwrap();
+    assert_eq!(run.status.code(), Some(0), "what it has to remark is not worth more");
+    assert_eq!(case.read("x"), b"hi\n");
+    let run = case.cofferdam(["run", "--no-such-flag"]).stderr(broken_pipe()).output().unwrap();
+    assert_eq!(run.status.code(), Some(125));
+}
+
 fn exit_codes(case: &Case) {
     for (script, code) in [("exit 0", 0), ("exit 1", 1), ("exit 42", 42), ("exit 255", 255)] {
         case.run(&[], script).code(code);
     }
     case.run(&[], "kill -TERM $$").code(128 + 15).complains("term");
     case.run(&[], "kill -KILL $$").code(128 + 9).complains("kill");
+    // Real-time signals have no names.
+    case.run(&[], "kill -40 $$").code(128 + 40).complains("signal 40");
 }
 
 fn command_not_found(case: &Case) {
