@@ -35,7 +35,7 @@ use crate::refscan::Patterns;
 use crate::view::{Exposed, View};
 
 use admission::{Slot, Slots};
-use error::{Cause, Fault, MissingInputs, Unsupported, WorkerError, WorkerPart};
+use error::{Cause, Fault, UnfitInputs, Unsupported, WorkerError, WorkerPart};
 use events::{Event, Output};
 use outputs::{Intake, IntakeError};
 use plan::{Layout, Site};
@@ -175,24 +175,24 @@ impl Means {
         }
     }
 
-    /// Whether all inputs are in the store.
+    /// Whether all inputs are in the store, and as large as stated.
     async fn complete(self: &Arc<Self>, request: &Arc<Request>) -> Result<(), Fault> {
         if request.inputs.is_empty() {
             return Ok(());
         }
         let (means, request) = (Arc::clone(self), Arc::clone(request));
-        let missing = blocking(move || {
+        let findings = blocking(move || {
             let roots = request.inputs.iter().map(|(name, node)| {
                 let path = request.inputs_dir.join(name).unwrap_or_else(|_| SandboxPath::root());
                 (path.to_string(), node)
             });
             means
                 .closure
-                .missing(&means.store, roots)
+                .check(&means.store, roots)
                 .map_err(|error| WorkerError::new(WorkerPart::Store, error))
         });
-        let missing = missing.await??;
-        if missing.is_empty() { Ok(()) } else { Err(MissingInputs(missing).into()) }
+        let findings = findings.await??;
+        if findings.is_empty() { Ok(()) } else { Err(UnfitInputs(findings).into()) }
     }
 }
 

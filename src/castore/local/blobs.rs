@@ -14,7 +14,7 @@ use nix::unistd::{UnlinkatFlags, unlinkat};
 use super::Root;
 use crate::castore::file_blob::FileBlob;
 use crate::castore::node::Digest;
-use crate::castore::traits::{Blob, BlobService, BlobWriter, StoreError};
+use crate::castore::traits::{Blob, BlobService, BlobStat, BlobWriter, StoreError};
 
 /// A blob of up to this many bytes is written in one go, and not at all where it is there already; of a
 /// larger one, smaller writes are gathered up to this.
@@ -31,8 +31,8 @@ impl Blobs {
 }
 
 impl BlobService for Blobs {
-    fn has(&self, digest: &Digest) -> Result<bool, StoreError> {
-        Ok(self.root.stored_size(digest)?.is_some())
+    fn stat(&self, digest: &Digest) -> Result<Option<BlobStat>, StoreError> {
+        Ok(self.root.stored_size(digest)?.map(|size| BlobStat { size: Some(size) }))
     }
 
     fn open(&self, digest: &Digest) -> Result<Option<Arc<dyn Blob>>, StoreError> {

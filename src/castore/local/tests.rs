@@ -60,12 +60,12 @@ fn a_blob_is_a_read_only_file_of_its_bytes() {
 fn what_is_not_there_is_not_there() {
     let (_dir, store) = store();
     let empty = digest(EMPTY);
-    assert!(!store.blobs.has(&empty).unwrap());
+    assert!(store.blobs.stat(&empty).unwrap().is_none());
     assert!(store.blobs.open(&empty).unwrap().is_none());
     assert!(store.directories.get(&empty).unwrap().is_none());
     // The empty blob and the empty directory have one digest, and are two things.
     put_blob(&store, b"").unwrap();
-    assert!(store.blobs.has(&empty).unwrap());
+    assert!(store.blobs.stat(&empty).unwrap().is_some());
     assert!(store.directories.get(&empty).unwrap().is_none());
     store.directories.put(vec![Directory::new()]).unwrap();
     assert_eq!(*store.directories.get(&empty).unwrap().unwrap(), Directory::new());
@@ -101,7 +101,7 @@ fn what_is_no_regular_file_is_damaged() {
     let damaged = |name: &str| {
         let opened = store.blobs.open(&hello).map(drop);
         assert!(matches!(opened, Err(StoreError::Damaged { kind: "blob", .. })), "{name}");
-        let looked = store.blobs.has(&hello);
+        let looked = store.blobs.stat(&hello);
         assert!(matches!(looked, Err(StoreError::Damaged { kind: "blob", .. })), "{name}");
     };
     symlink("/etc/hostname", &path).unwrap();
@@ -142,7 +142,7 @@ fn opening_sweeps_and_keeps() {
     assert_eq!(fs::read_dir(path.join("tmp")).unwrap().count(), 0);
     let Node::Directory { digest: root, .. } = node else { panic!("{node:?}") };
     assert_eq!(store.directories.get(&root).unwrap().unwrap().node(), node);
-    assert!(store.blobs.has(&Digest::of(b"hello world\n")).unwrap());
+    assert!(store.blobs.stat(&Digest::of(b"hello world\n")).unwrap().is_some());
 }
 
 #[test]
