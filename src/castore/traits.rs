@@ -69,6 +69,9 @@ pub trait DirectoryService: Send + Sync {
 
     /// Stores directories, children before parents, all of them or none.
     ///
+    /// A store that lasts has them on disk when this returns, and with them every blob that was finished
+    /// before; so an empty list is of use, too.
+    ///
     /// # Errors
     /// [`StoreError::MissingChild`] and [`StoreError::ChildSize`] where a directory refers to one that is
     /// neither in the store nor among those before it, or states another size for it.

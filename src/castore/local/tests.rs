@@ -6,7 +6,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::castore::fixtures::{EMPTY, HELLO, KEEP, Sketch, digest, name, put_blob, store};
-use crate::castore::{Blob, Digest, Directory, Node};
+use crate::castore::{Blob, BlobStat, Digest, Directory, Node};
 
 fn read(blob: &dyn Blob) -> Vec<u8> {
     let mut bytes = vec![0; blob.size() as usize + 1];
@@ -87,10 +87,47 @@ fn a_truncated_blob_is_mended_by_storing_it_again() {
     let (dir, store) = store();
     let (hello, _) = put_blob(&store, b"hello").unwrap();
     let path = dir.path().join(format!("store/blobs/{}/{hello}", &hello.to_hex()[..2]));
-    fs::remove_file(&path).unwrap();
-    fs::write(&path, b"").unwrap();
-    put_blob(&store, b"hello").unwrap();
-    assert_eq!(fs::read(&path).unwrap(), b"hello");
+    for (left, counts) in [(&b""[..], None), (b"hel", Some(BlobStat { size: Some(3) }))] {
+        let _ = fs::remove_file(&path);
+        fs::write(&path, left).unwrap();
+        assert_eq!(store.blobs.stat(&hello).unwrap(), counts, "{left:?}");
+        assert_eq!(store.blobs.open(&hello).unwrap().is_some(), counts.is_some(), "{left:?}");
+        put_blob(&store, b"hello").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"hello", "{left:?}");
+    }
+}
+
+#[test]
+fn directories_wait_for_the_blobs_before_them() {
+    let dir = TempDir::new().unwrap();
+    for (lifetime, few) in [(Lifetime::Lasting, 3), (Lifetime::Ephemeral, 0)] {
+        let path = dir.path().join(format!("{lifetime:?}"));
+        let root = Arc::new(Root::open(&path, lifetime).unwrap());
+        let directories = directories::Directories::open(Arc::clone(&root)).unwrap();
+        let blobs = Arc::new(blobs::Blobs::new(Arc::clone(&root)));
+        let directories = Arc::new(directories);
+        let store = Store { blobs, directories };
+        let unsynced = || root.unsynced.count();
+        let lasting = lifetime == Lifetime::Lasting;
+        assert_eq!(unsynced(), if lasting { None } else { Some(0) }, "what the last process left");
+        store.directories.put(vec![]).unwrap();
+        assert_eq!(unsynced(), Some(0), "an empty put syncs, too");
+
+        // Each new one waits, and one that is there already does not.
+        for bytes in [&b"a"[..], b"b", b"c", b"a"] {
+            put_blob(&store, bytes).unwrap();
+        }
+        assert_eq!(unsynced(), Some(few));
+        store.directories.put(vec![Directory::new()]).unwrap();
+        assert_eq!(unsynced(), Some(0));
+        for number in 0..100u8 {
+            put_blob(&store, &[number; 3]).unwrap();
+        }
+        assert_eq!(unsynced(), if lasting { None } else { Some(0) }, "too many to count");
+        store.directories.put(vec![Directory::new()]).unwrap();
+        assert_eq!(unsynced(), Some(0));
+        assert_eq!(read(&*store.blobs.open(&Digest::of(&[99; 3])).unwrap().unwrap()), [99; 3]);
+    }
 }
 
 #[test]
