@@ -150,7 +150,7 @@ impl Groundwork {
         if let Some(slots) = identity.slots().and_then(|slots| NonZeroUsize::new(slots as usize)) {
             settings.max_builds = settings.max_builds.min(slots);
         }
-        let store = LocalStore::open(&state.store())?.store();
+        let store = LocalStore::open_for(&state.store(), settings.lifetime)?.store();
         let at = state.view();
         state.subdirectory(&at)?;
         let cpus = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);

@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 
 use super::logs::LogError;
 use super::request::{InvalidRequest, SandboxPath};
-use crate::castore::closure::Missing;
+use crate::castore::closure::{Finding, Problem};
 use crate::castore::ingest::TreeFault;
 use crate::castore::node::printable;
 
@@ -25,9 +25,9 @@ pub enum Fault {
     /// This worker doesn't offer what the request needs.
     #[error("{0}")]
     Unsupported(#[from] Unsupported),
-    /// The store lacks inputs.
+    /// The store lacks inputs, or has them in other sizes than stated.
     #[error("{0}")]
-    MissingInputs(#[from] MissingInputs),
+    UnfitInputs(#[from] UnfitInputs),
     /// The worker takes no build now.
     #[error("{0}")]
     Refused(#[from] Refused),
@@ -104,27 +104,43 @@ pub enum Unsupported {
     },
 }
 
-/// Inputs that the store lacks; never empty.
+/// Inputs that the store lacks, or has in other sizes than stated; never empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MissingInputs(pub Vec<Missing>);
+pub struct UnfitInputs(pub Vec<Finding>);
 
-impl fmt::Display for MissingInputs {
+/// Longest text of [`UnfitInputs`] in bytes: it travels in the headers of a response, for which many clients
+/// take no more than 8 KiB.
+const UNFIT_INPUTS_BYTES: usize = 4096;
+
+/// What of that is kept for saying how many are not named.
+const MORE_BYTES: usize = 32;
+
+impl fmt::Display for UnfitInputs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        /// A status must fit the headers of a response.
-        const SHOWN: usize = 20;
-        f.write_str("the store lacks inputs, upload them first:")?;
-        for (index, missing) in self.0.iter().take(SHOWN).enumerate() {
-            let separator = if index == 0 { "" } else { "," };
-            write!(f, "{separator} {missing}")?;
+        let mut text = match self.0.iter().all(|finding| finding.problem == Problem::Missing) {
+            true => "the store lacks inputs, upload them first:".to_owned(),
+            false => "inputs are not in the store, or not of the size stated:".to_owned(),
+        };
+        let limit = UNFIT_INPUTS_BYTES - MORE_BYTES;
+        let mut named = 0;
+        for finding in &self.0 {
+            let finding = format!("{} {finding}", if named == 0 { "" } else { "," });
+            if named > 0 && text.len() + finding.len() > limit {
+                break;
+            }
+            text.push_str(&finding);
+            named += 1;
         }
-        match self.0.len().saturating_sub(SHOWN) {
-            0 => Ok(()),
-            more => write!(f, ", and {more} more"),
+        // The first one alone may be too long, by its path.
+        text.truncate(text.floor_char_boundary(limit));
+        match self.0.len() - named {
+            0 => f.write_str(&text),
+            more => write!(f, "{text}, and {more} more"),
         }
     }
 }
 
-impl Error for MissingInputs {}
+impl Error for UnfitInputs {}
 
 /// Why no build is taken on now; another worker, or this one later, may.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -213,7 +229,7 @@ impl Fault {
     pub fn kind(&self) -> FaultKind {
         match self {
             Self::Invalid(_) => FaultKind::InvalidRequest,
-            Self::Unsupported(_) | Self::MissingInputs(_) => FaultKind::Precondition,
+            Self::Unsupported(_) | Self::UnfitInputs(_) => FaultKind::Precondition,
             Self::Refused(Refused::Busy { retry_after, .. }) => FaultKind::Busy(*retry_after),
             Self::Refused(Refused::Draining) => FaultKind::Unavailable,
             Self::Worker(WorkerError { part: WorkerPart::Program, .. }) => FaultKind::Internal,
@@ -381,9 +397,9 @@ mod tests {
 
     #[test]
     fn faults_have_words_and_a_channel() {
-        let missing = |count| {
-            let one = Missing { kind: ObjectKind::Blob, digest: Digest::of(b""), path: "nix/store/x".into() };
-            MissingInputs(vec![one; count])
+        let unfit = |problem| {
+            let path = "nix/store/x".into();
+            UnfitInputs(vec![Finding { kind: ObjectKind::Blob, digest: Digest::of(b""), path, problem }])
         };
         let invalid = InvalidRequest { field: "outputs[0]".to_owned(), fault: PathFault::Empty.into() };
         let busy = Refused::Busy { running: 2, waiting: 8, retry_after: Duration::from_secs(5) };
@@ -399,12 +415,17 @@ mod tests {
                 FaultKind::Precondition,
             ),
             (
-                missing(1).into(),
+                unfit(Problem::Missing).into(),
                 "the store lacks inputs, upload them first: blob af1349b9f5f9a1a6a0404dea36dcc949\
                  9bcb25c9adc112b7cc9a93cae41f3262 (needed for nix/store/x)",
                 FaultKind::Precondition,
             ),
-            (missing(22).into(), ", and 2 more", FaultKind::Precondition),
+            (
+                unfit(Problem::Size { stated: 5, actual: 7 }).into(),
+                "inputs are not in the store, or not of the size stated: blob af1349b9f5f9a1a6a0404dea36dcc949\
+                 9bcb25c9adc112b7cc9a93cae41f3262 (needed for nix/store/x with size 5, but of size 7)",
+                FaultKind::Precondition,
+            ),
             (
                 busy.into(),
                 "2 builds run and 8 wait here already; try again in 5 s",
@@ -430,6 +451,27 @@ mod tests {
         for (fault, message, kind) in cases {
             assert!(fault.to_string().ends_with(message), "{fault}\n  not {message}");
             assert_eq!(fault.kind(), kind, "{message}");
+        }
+    }
+
+    #[test]
+    fn however_much_is_missing_its_list_fits_a_header() {
+        let digest = Digest::of(b"");
+        let finding = |path| Finding { kind: ObjectKind::Blob, digest, path, problem: Problem::Missing };
+        let cases = [
+            (vec!["in/x".to_owned(); 100], ", and 55 more"),
+            (vec!["in/x".to_owned(); 45], " (needed for in/x)"),
+            (["y".repeat(9000)].into(), "yyyy"),
+            (vec!["y".repeat(4000); 3], ", and 2 more"),
+        ];
+        for (paths, end) in cases {
+            let text = UnfitInputs(paths.into_iter().map(finding).collect()).to_string();
+            assert!(
+                text.len() <= UNFIT_INPUTS_BYTES && text.len() > UNFIT_INPUTS_BYTES - 300,
+                "{}",
+                text.len()
+            );
+            assert!(text.ends_with(end), "{text}\n  not {end}");
         }
     }
 }

@@ -3,7 +3,7 @@
 use nix::sys::sysinfo::sysinfo;
 
 use super::Means;
-use super::error::{Fault, MissingInputs, Unsupported, WorkerError, WorkerPart};
+use super::error::{Fault, UnfitInputs, Unsupported, WorkerError, WorkerPart};
 use super::request::{Network, Request, SandboxPath, Shell};
 use crate::config::NetworkPolicy;
 
@@ -38,17 +38,17 @@ impl Means {
         }
     }
 
-    /// Checks that all inputs are in the store. It blocks.
+    /// Checks that all inputs are in the store, and as large as stated. It blocks.
     pub(super) fn has_inputs(&self, request: &Request) -> Result<(), Fault> {
         let roots = request.inputs.iter().map(|(name, node)| {
             let path = request.inputs_dir.join(name).unwrap_or_else(|_| SandboxPath::root());
             (path.to_string(), node)
         });
-        let missing = self
+        let findings = self
             .closure
-            .missing(&self.store, roots)
+            .check(&self.store, roots)
             .map_err(|error| WorkerError::new(WorkerPart::Store, error))?;
-        if missing.is_empty() { Ok(()) } else { Err(MissingInputs(missing).into()) }
+        if findings.is_empty() { Ok(()) } else { Err(UnfitInputs(findings).into()) }
     }
 }
 

@@ -1,10 +1,10 @@
-//! Is everything there that a tree consists of?
+//! Is everything there that a tree consists of, and is it as large as the tree says?
 
 use std::collections::HashMap;
 use std::vec;
 
 use super::node::{Digest, Directory, Name, Node, printable};
-use super::traits::{Store, StoreError};
+use super::traits::{BlobStat, Store, StoreError};
 use crate::recent::Memo;
 
 pub use super::tree::ObjectKind;
@@ -12,8 +12,8 @@ pub use super::tree::ObjectKind;
 #[cfg(test)]
 mod tests;
 
-/// At most this many missing objects are told of at once.
-pub const MAX_MISSING: usize = 100;
+/// At most this many findings are told of at once.
+pub const MAX_FINDINGS: usize = 100;
 
 /// Longer paths are cut off here: a store may hold trees deeper than any path that Linux takes.
 const SHOWN_PATH_BYTES: usize = 4096;
@@ -21,29 +21,50 @@ const SHOWN_PATH_BYTES: usize = 4096;
 /// How many complete directories are remembered, 100 bytes each.
 const REMEMBERED_DIRECTORIES: usize = 128 * 1024;
 
-/// Finds what trees lack, and remembers which directories lack nothing: the inputs of one build are mostly
-/// those of the one before.
+/// Finds what is wrong with trees, and remembers the directories with which nothing is: the inputs of one
+/// build are mostly those of the one before.
 ///
 /// It goes with one store, and with as long as nothing is removed from that.
 pub struct Closure {
-    complete: Memo<Digest, ()>,
+    /// The sizes of complete directories.
+    complete: Memo<Digest, u64>,
 }
 
-/// Something that is not in the store.
+/// Something that is not in the store as a tree needs it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Missing {
-    /// What needs it, escaped: the first place where it was come upon. Beyond 4 KiB it is cut off, and ends
-    /// in `/...`.
+pub struct Finding {
+    /// What needs it, escaped: of what is missing, the first place where it was come upon. Beyond 4 KiB it
+    /// is cut off, and ends in `/...`.
     pub path: String,
     /// What it is.
     pub kind: ObjectKind,
     /// Its digest.
     pub digest: Digest,
+    /// What is wrong with it.
+    pub problem: Problem,
 }
 
-impl std::fmt::Display for Missing {
+/// What can be wrong with a part of a tree.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Problem {
+    /// It is not in the store.
+    Missing,
+    /// It has not the size that the tree states: the tree is wrong, or, after a crash, a blob was cut off.
+    Size {
+        /// What the tree says.
+        stated: u64,
+        /// What the store has.
+        actual: u64,
+    },
+}
+
+impl std::fmt::Display for Finding {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} {} (needed for {})", self.kind, self.digest, self.path)
+        write!(f, "{} {} (needed for {}", self.kind, self.digest, self.path)?;
+        match self.problem {
+            Problem::Missing => f.write_str(")"),
+            Problem::Size { stated, actual } => write!(f, " with size {stated}, but of size {actual})"),
+        }
     }
 }
 
@@ -59,24 +80,25 @@ impl Closure {
         Self { complete: Memo::new(REMEMBERED_DIRECTORIES) }
     }
 
-    /// What the trees of `roots` lack in `store`: every directory below them is looked at and every blob
-    /// looked for, each digest once. The text beside a root stands for it in [`Missing::path`].
+    /// What `store` does not have as the trees of `roots` need it: every directory below them is looked at
+    /// and every blob looked for, each digest once. The text beside a root stands for it in [`Finding::path`].
     ///
-    /// Empty means that all is there. The search ends at [`MAX_MISSING`].
+    /// Empty means that all is there, in the sizes stated, as far as the store knows sizes without reading
+    /// ([`BlobStat::size`]). The search ends at [`MAX_FINDINGS`].
     ///
     /// # Errors
     /// Where the store can't tell, or holds a damaged directory.
-    pub fn missing<'n>(
+    pub fn check<'n>(
         &self,
         store: &Store,
         roots: impl IntoIterator<Item = (String, &'n Node)>,
-    ) -> Result<Vec<Missing>, StoreError> {
+    ) -> Result<Vec<Finding>, StoreError> {
         let mut search = Search {
             store,
             remembered: &self.complete,
             directories: HashMap::new(),
             blobs: HashMap::new(),
-            missing: Vec::new(),
+            findings: Vec::new(),
         };
         for (path, node) in roots {
             search.tree(&path, node)?;
@@ -84,25 +106,35 @@ impl Closure {
                 break;
             }
         }
-        Ok(search.missing)
+        Ok(search.findings)
     }
 }
 
 struct Search<'a> {
     store: &'a Store,
-    remembered: &'a Memo<Digest, ()>,
-    /// What was looked at so far, and whether it is complete. An empty directory and an empty blob have
-    /// the same digest, so the two are kept apart.
-    directories: HashMap<Digest, bool>,
-    blobs: HashMap<Digest, bool>,
-    missing: Vec<Missing>,
+    remembered: &'a Memo<Digest, u64>,
+    /// What was looked at so far. An empty directory and an empty blob have the same digest, so the two are
+    /// kept apart.
+    directories: HashMap<Digest, Seen>,
+    blobs: HashMap<Digest, Option<BlobStat>>,
+    findings: Vec<Finding>,
+}
+
+/// What is known of a directory.
+#[derive(Clone, Copy)]
+struct Seen {
+    /// None where it is missing.
+    size: Option<u64>,
+    /// Whether nothing is wrong with what it consists of.
+    complete: bool,
 }
 
 /// A directory that is in the store and whose files were looked for.
 struct Open {
     digest: Digest,
-    /// The child directories left, the one being worked on excluded.
-    left: vec::IntoIter<(Name, Digest)>,
+    size: u64,
+    /// The child directories left with the sizes stated, the one being worked on excluded.
+    left: vec::IntoIter<(Name, Digest, u64)>,
     /// The child directory being worked on.
     current: Option<Name>,
     complete: bool,
@@ -113,56 +145,64 @@ impl Search<'_> {
         let mut above: Vec<Open> = Vec::new();
         let mut next = match node {
             Node::Symlink { .. } => return Ok(()),
-            Node::File { digest, .. } => return self.blob(digest, || root.to_owned()).map(drop),
-            Node::Directory { digest, .. } => *digest,
+            Node::File { digest, size, .. } => {
+                return self.blob(digest, *size, || root.to_owned()).map(drop);
+            }
+            Node::Directory { digest, size } => (*digest, *size),
         };
         loop {
-            let complete = match self.known(&next) {
-                Some(complete) => complete,
-                None => match self.store.directories.get(&next)? {
+            let (digest, stated) = next;
+            let place = || path(root, &above, None);
+            let mut opened = None;
+            let seen = match self.known(&digest) {
+                Some(seen) => seen,
+                None => match self.store.directories.get(&digest)? {
                     Some(directory) => {
-                        let open = self.open(next, &directory, root, &above)?;
-                        above.push(open);
-                        true
+                        opened = Some(self.open(digest, &directory, root, &above)?);
+                        Seen { size: Some(directory.size()), complete: true }
                     }
                     None => {
-                        self.directories.insert(next, false);
-                        self.report(ObjectKind::Directory, &next, path(root, &above, None));
-                        false
+                        self.report(ObjectKind::Directory, &digest, Problem::Missing, place);
+                        let missing = Seen { size: None, complete: false };
+                        self.directories.insert(digest, missing);
+                        missing
                     }
                 },
             };
+            let fits = self.fits(ObjectKind::Directory, &digest, stated, seen.size, place);
             if let Some(parent) = above.last_mut() {
-                parent.complete &= complete;
+                parent.complete &= seen.complete && fits;
             }
+            above.extend(opened);
             match self.advance(&mut above) {
-                Some(digest) if !self.full() => next = digest,
+                Some(child) if !self.full() => next = child,
                 _ => return Ok(()),
             }
         }
     }
 
     /// The next directory to look at: closes those that have none left.
-    fn advance(&mut self, above: &mut Vec<Open>) -> Option<Digest> {
+    fn advance(&mut self, above: &mut Vec<Open>) -> Option<(Digest, u64)> {
         loop {
             let open = above.last_mut()?;
-            if let Some((name, digest)) = open.left.next() {
+            if let Some((name, digest, stated)) = open.left.next() {
                 open.current = Some(name);
-                return Some(digest);
+                return Some((digest, stated));
             }
-            let Open { digest, complete, .. } = above.pop()?;
+            let Open { digest, size, complete, .. } = above.pop()?;
             if complete {
-                self.remembered.insert(digest, (), 1);
+                self.remembered.insert(digest, size, 1);
             }
-            self.directories.insert(digest, complete);
+            self.directories.insert(digest, Seen { size: Some(size), complete });
             if let Some(parent) = above.last_mut() {
                 parent.complete &= complete;
             }
         }
     }
 
-    fn known(&self, digest: &Digest) -> Option<bool> {
-        self.directories.get(digest).copied().or_else(|| self.remembered.get(digest).map(|()| true))
+    fn known(&self, digest: &Digest) -> Option<Seen> {
+        let remembered = || self.remembered.get(digest).map(|size| Seen { size: Some(size), complete: true });
+        self.directories.get(digest).copied().or_else(remembered)
     }
 
     /// Looks for the files of a directory.
@@ -177,36 +217,59 @@ impl Search<'_> {
         let mut left = Vec::new();
         for (name, node) in directory.entries() {
             match node {
-                Node::Directory { digest, .. } => left.push((name.clone(), *digest)),
-                Node::File { digest, .. } => {
-                    complete &= self.blob(digest, || path(root, above, Some(name)))?;
+                Node::Directory { digest, size } => left.push((name.clone(), *digest, *size)),
+                Node::File { digest, size, .. } => {
+                    complete &= self.blob(digest, *size, || path(root, above, Some(name)))?;
                 }
                 Node::Symlink { .. } => {}
             }
         }
-        Ok(Open { digest, left: left.into_iter(), current: None, complete })
+        Ok(Open { digest, size: directory.size(), left: left.into_iter(), current: None, complete })
     }
 
-    fn blob(&mut self, digest: &Digest, path: impl FnOnce() -> String) -> Result<bool, StoreError> {
-        if let Some(there) = self.blobs.get(digest) {
-            return Ok(*there);
-        }
-        let there = self.store.blobs.has(digest)?;
-        self.blobs.insert(*digest, there);
-        if !there {
-            self.report(ObjectKind::Blob, digest, path());
-        }
-        Ok(there)
+    /// Looks for the blob of a file; whether it is as needed.
+    fn blob(&mut self, digest: &Digest, stated: u64, place: impl Fn() -> String) -> Result<bool, StoreError> {
+        let stat = match self.blobs.get(digest) {
+            Some(stat) => *stat,
+            None => {
+                let stat = self.store.blobs.stat(digest)?;
+                self.blobs.insert(*digest, stat);
+                if stat.is_none() {
+                    self.report(ObjectKind::Blob, digest, Problem::Missing, &place);
+                }
+                stat
+            }
+        };
+        let Some(stat) = stat else { return Ok(false) };
+        Ok(self.fits(ObjectKind::Blob, digest, stated, stat.size, place))
     }
 
-    fn report(&mut self, kind: ObjectKind, digest: &Digest, path: String) {
+    /// Whether something has the size stated, or one that is not known.
+    fn fits(
+        &mut self,
+        kind: ObjectKind,
+        digest: &Digest,
+        stated: u64,
+        actual: Option<u64>,
+        place: impl Fn() -> String,
+    ) -> bool {
+        match actual {
+            Some(actual) if actual != stated => {
+                self.report(kind, digest, Problem::Size { stated, actual }, place);
+                false
+            }
+            _ => true,
+        }
+    }
+
+    fn report(&mut self, kind: ObjectKind, digest: &Digest, problem: Problem, place: impl Fn() -> String) {
         if !self.full() {
-            self.missing.push(Missing { path, kind, digest: *digest });
+            self.findings.push(Finding { path: place(), kind, digest: *digest, problem });
         }
     }
 
     fn full(&self) -> bool {
-        self.missing.len() >= MAX_MISSING
+        self.findings.len() >= MAX_FINDINGS
     }
 }
 

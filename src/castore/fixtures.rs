@@ -17,6 +17,7 @@ use super::ingest::{Ingest, IngestError};
 use super::local::LocalStore;
 use super::node::{Digest, Directory, Name, Node, Target};
 use super::traits::{Store, StoreError};
+use crate::config::Lifetime;
 use crate::refscan::Scanner;
 
 /// The empty directory, which is also the empty blob.
@@ -37,7 +38,7 @@ pub(super) fn name(bytes: &[u8]) -> Name {
 /// A store that goes with the directory beside it.
 pub(super) fn store() -> (TempDir, Store) {
     let dir = TempDir::new().unwrap();
-    let store = LocalStore::open(&dir.path().join("store")).unwrap().store();
+    let store = LocalStore::open_for(&dir.path().join("store"), Lifetime::Ephemeral).unwrap().store();
     (dir, store)
 }
 

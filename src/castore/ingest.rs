@@ -128,7 +128,8 @@ impl<'a> Walk<'a> {
                     let Some((parent, name)) =
                         parent.and_then(|open| open.entries.pop().map(|(name, _)| (open, name)))
                     else {
-                        // The root: only now is everything known that it refers to.
+                        // The root: only now is everything known that it refers to. Where it is a
+                        // file there are no directories; then this makes its blob last.
                         self.ingest.store.directories.put(self.directories)?;
                         return Ok(node);
                     };

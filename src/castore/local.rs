@@ -12,12 +12,23 @@
 //!   are checked against their digest when they are read.
 //! * Every directory in the store has all its child directories there. A `put` stores all of its
 //!   directories or none.
-//! * After the death of the process all of that holds. After the death of the machine it holds for
-//!   directories, which were synced when `put` returned. Blobs are written back when the kernel sees fit: one
-//!   that was stored in the last seconds may be missing, or empty under its name. Storing it again mends it.
+//! * After the death of the process all of that holds.
+//! * After the death of the machine it holds for all that was stored before a `put` of directories that
+//!   returned: the directories, and every blob that was finished before, are on disk then. Whoever takes in a
+//!   tree ends with such a `put`, also where the tree is a single file.
 //!
-//! Blobs are not hashed again when they are opened; whoever hands their bytes on to where they must be right
-//! ([`export`](super::tree::export)) does that.
+//! # What does not
+//! * A blob that was finished after the last `put` may be missing after the death of the machine, or be cut
+//!   off under its name. One that is empty, and should not be, counts as missing. One of another length does
+//!   not; it is found out when its length is compared with what a tree states
+//!   ([`Closure`](super::closure::Closure)). Storing either again mends it.
+//! * An ephemeral store syncs nothing: it goes with its process.
+//! * Blobs are not hashed again when they are opened. Whoever hands their bytes on to where they must be right
+//!   ([`export`](super::tree::export)) does that.
+//!
+//! A `put` after which nothing new was stored costs no sync. One after a few blobs syncs these, one after many
+//! the whole file system, once; and the database once. The first one of a process always syncs the file system:
+//! what the last one left is not known.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io;
@@ -30,11 +41,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use nix::libc;
 
 use super::traits::{Store, StoreError};
+use crate::config::Lifetime;
+use unsynced::Unsynced;
 
 mod blobs;
 mod directories;
 #[cfg(test)]
 mod tests;
+mod unsynced;
 
 /// Mode of the directories that a store consists of: what it holds is its owner's business.
 const DIRECTORY_MODE: u32 = 0o700;
@@ -52,7 +66,15 @@ impl LocalStore {
     /// [`StoreError::InUse`] where another process (or another `LocalStore`) has it open;
     /// [`StoreError::Io`] and [`StoreError::Database`] where it can't be made or read.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        let root = Arc::new(Root::open(path)?);
+        Self::open_for(path, Lifetime::Lasting)
+    }
+
+    /// [`LocalStore::open`] for a store that may be ephemeral: of such a one, nothing is made to reach the disk.
+    ///
+    /// # Errors
+    /// As [`LocalStore::open`].
+    pub fn open_for(path: &Path, lifetime: Lifetime) -> Result<Self, StoreError> {
+        let root = Arc::new(Root::open(path, lifetime)?);
         let directories = directories::Directories::open(Arc::clone(&root))?;
         let blobs = blobs::Blobs::new(root);
         Ok(Self { store: Store { blobs: Arc::new(blobs), directories: Arc::new(directories) } })
@@ -73,12 +95,14 @@ struct Root {
     temporary: OwnedFd,
     /// Number of the next temporary file.
     next: AtomicU64,
+    lifetime: Lifetime,
+    unsynced: Unsynced,
     /// The lock goes with this description, when the last user of the store does.
     _lock: File,
 }
 
 impl Root {
-    fn open(path: &Path) -> Result<Self, StoreError> {
+    fn open(path: &Path, lifetime: Lifetime) -> Result<Self, StoreError> {
         let make = |path: &Path| {
             let made = DirBuilder::new().recursive(true).mode(DIRECTORY_MODE).create(path);
             made.map_err(|error| failed("create", path, error))
@@ -101,6 +125,8 @@ impl Root {
             blobs: open_directory(&blobs)?,
             temporary: open_directory(&temporary)?,
             next: AtomicU64::new(0),
+            lifetime,
+            unsynced: Unsynced::new(lifetime),
             _lock: lock,
         })
     }

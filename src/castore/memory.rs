@@ -5,7 +5,9 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use super::children::check_children;
-use super::{Blob, BlobService, BlobWriter, Digest, Directory, DirectoryService, Store, StoreError};
+use super::{
+    Blob, BlobService, BlobStat, BlobWriter, Digest, Directory, DirectoryService, Store, StoreError,
+};
 use crate::lock::lock;
 
 /// An empty store.
@@ -22,8 +24,9 @@ pub struct MemoryStore {
 }
 
 impl BlobService for MemoryStore {
-    fn has(&self, digest: &Digest) -> Result<bool, StoreError> {
-        Ok(lock(&self.blobs).contains_key(digest))
+    fn stat(&self, digest: &Digest) -> Result<Option<BlobStat>, StoreError> {
+        let size = lock(&self.blobs).get(digest).map(|bytes| bytes.len() as u64);
+        Ok(size.map(|size| BlobStat { size: Some(size) }))
     }
 
     fn open(&self, digest: &Digest) -> Result<Option<Arc<dyn Blob>>, StoreError> {
@@ -105,8 +108,9 @@ mod tests {
         let mut writer = store.blobs.create().unwrap();
         writer.write_all(b"hel").unwrap();
         writer.write_all(b"lo").unwrap();
-        assert!(!store.blobs.has(&digest).unwrap());
+        assert_eq!(store.blobs.stat(&digest).unwrap(), None);
         assert_eq!(writer.finish().unwrap(), (digest, 5));
+        assert_eq!(store.blobs.stat(&digest).unwrap(), Some(BlobStat { size: Some(5) }));
         let blob = store.blobs.open(&digest).unwrap().unwrap();
         let cases: [(u64, usize, &[u8]); 5] =
             [(0, 9, b"hello"), (0, 2, b"he"), (3, 9, b"lo"), (5, 9, b""), (u64::MAX, 9, b"")];

@@ -23,7 +23,9 @@ use wire::directory_service_client::DirectoryServiceClient;
 
 use super::children::check_children;
 use super::file_blob::FileBlob;
-use super::{Blob, BlobService, BlobWriter, Digest, Directory, DirectoryService, Store, StoreError};
+use super::{
+    Blob, BlobService, BlobStat, BlobWriter, Digest, Directory, DirectoryService, Store, StoreError,
+};
 
 /// Largest message that carries a piece of a blob, in bytes. We send smaller ones.
 pub const MAX_BLOB_MESSAGE: usize = 16 << 20;
@@ -110,11 +112,12 @@ async fn in_time<T>(call: impl Future<Output = Result<T, Status>>) -> Result<T, 
 }
 
 impl BlobService for RemoteStore {
-    fn has(&self, digest: &Digest) -> Result<bool, StoreError> {
+    fn stat(&self, digest: &Digest) -> Result<Option<BlobStat>, StoreError> {
         let mut client = self.inner.blobs.clone();
         let digest = digest.as_bytes().to_vec();
-        let request = wire::StatBlobRequest { digest, send_chunks: false, send_bao: false };
-        Ok(self.inner.call("look for a blob", client.stat(request))?.is_some())
+        let request = wire::StatBlobRequest { digest, send_chunks: true, send_bao: false };
+        let answer = self.inner.call("look for a blob", client.stat(request))?;
+        Ok(answer.map(|answer| BlobStat { size: size_of_chunks(&answer.into_inner().chunks) }))
     }
 
     /// Brings the blob here and checks it.
@@ -159,6 +162,12 @@ impl BlobService for RemoteStore {
             len: 0,
         }))
     }
+}
+
+/// The length of a blob that consists of `chunks`. A store need not cut up its blobs, and lists none then.
+fn size_of_chunks(chunks: &[wire::stat_blob_response::ChunkMeta]) -> Option<u64> {
+    let (first, rest) = chunks.split_first()?;
+    rest.iter().try_fold(first.size, |size, chunk| size.checked_add(chunk.size))
 }
 
 /// A file without a name, which goes when it is closed.

@@ -10,11 +10,11 @@ use super::node::{Digest, Directory, NodeError};
 
 /// Keeps blobs: byte strings of any length, named by their digest.
 pub trait BlobService: Send + Sync {
-    /// Whether the blob is there.
+    /// What can be said of a blob without opening it; `None` where there is none of this digest.
     ///
     /// # Errors
     /// Where the store can't tell.
-    fn has(&self, digest: &Digest) -> Result<bool, StoreError>;
+    fn stat(&self, digest: &Digest) -> Result<Option<BlobStat>, StoreError>;
 
     /// Opens a blob; `None` where there is none of this digest.
     ///
@@ -28,6 +28,14 @@ pub trait BlobService: Send + Sync {
     /// # Errors
     /// Where the store can't be written to.
     fn create(&self) -> Result<Box<dyn BlobWriter>, StoreError>;
+}
+
+/// What a store says of a blob that it has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlobStat {
+    /// Its length in bytes. `None` where the store would have to read it to say so, as one behind gRPC may:
+    /// the protocol has no field for it.
+    pub size: Option<u64>,
 }
 
 /// A blob, open for reading.
@@ -60,6 +68,9 @@ pub trait DirectoryService: Send + Sync {
     fn get(&self, digest: &Digest) -> Result<Option<Arc<Directory>>, StoreError>;
 
     /// Stores directories, children before parents, all of them or none.
+    ///
+    /// A store that lasts has them on disk when this returns, and with them every blob that was finished
+    /// before; so an empty list is of use, too.
     ///
     /// # Errors
     /// [`StoreError::MissingChild`] and [`StoreError::ChildSize`] where a directory refers to one that is

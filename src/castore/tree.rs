@@ -254,7 +254,7 @@ fn missing(kind: ObjectKind, digest: &Digest, path: &Cursor) -> ExportError {
 }
 
 /// The two kinds of things that a digest may name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ObjectKind {
     /// The contents of a file.
     Blob,

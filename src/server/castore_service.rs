@@ -63,7 +63,7 @@ impl BlobService for Blobs {
     ) -> Result<Response<wire::StatBlobResponse>, Status> {
         let digest = digest_field("digest", &request.get_ref().digest)?;
         let blobs = Arc::clone(&self.store.blobs);
-        if blocking(move || blobs.has(&digest)).await? {
+        if blocking(move || blobs.stat(&digest)).await?.is_some() {
             // No chunks and no outboard: the blob is read whole.
             Ok(Response::new(wire::StatBlobResponse::default()))
         } else {

@@ -11,7 +11,7 @@ use nix::sched::{CloneFlags, unshare};
 
 use super::*;
 use crate::castore::memory;
-use crate::castore::{BlobService, BlobWriter, Directory, DirectoryService, Target};
+use crate::castore::{BlobService, BlobStat, BlobWriter, Directory, DirectoryService, Target};
 
 const OWNER: Owner = Owner { uid: 1234, gid: 4321 };
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -447,8 +447,8 @@ struct Lacking {
 }
 
 impl BlobService for Lacking {
-    fn has(&self, digest: &Digest) -> Result<bool, StoreError> {
-        self.inner.blobs.has(digest)
+    fn stat(&self, digest: &Digest) -> Result<Option<BlobStat>, StoreError> {
+        self.inner.blobs.stat(digest)
     }
 
     fn open(&self, digest: &Digest) -> Result<Option<Arc<dyn Blob>>, StoreError> {

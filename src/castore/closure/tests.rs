@@ -3,7 +3,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
 use crate::castore::fixtures::{Sketch, name, put_blob, store};
-use crate::castore::traits::{Blob, BlobService, BlobWriter, DirectoryService};
+use crate::castore::traits::{Blob, BlobService, BlobStat, BlobWriter, DirectoryService};
 
 /// A store that counts the questions, and denies having what is listed.
 struct Counting {
@@ -20,8 +20,8 @@ impl Counting {
 }
 
 impl BlobService for Counting {
-    fn has(&self, digest: &Digest) -> Result<bool, StoreError> {
-        Ok(!self.denies(ObjectKind::Blob, digest) && self.store.blobs.has(digest)?)
+    fn stat(&self, digest: &Digest) -> Result<Option<BlobStat>, StoreError> {
+        if self.denies(ObjectKind::Blob, digest) { Ok(None) } else { self.store.blobs.stat(digest) }
     }
 
     fn open(&self, _: &Digest) -> Result<Option<Arc<dyn Blob>>, StoreError> {
@@ -57,8 +57,9 @@ fn digest_of(node: &Node) -> Digest {
     }
 }
 
-fn told(missing: &[Missing]) -> Vec<(&str, ObjectKind)> {
-    missing.iter().map(|missing| (&missing.path[..], missing.kind)).collect()
+fn told(findings: &[Finding]) -> Vec<(&str, ObjectKind)> {
+    assert!(findings.iter().all(|finding| finding.problem == Problem::Missing));
+    findings.iter().map(|missing| (&missing.path[..], missing.kind)).collect()
 }
 
 #[test]
@@ -73,10 +74,10 @@ fn complete_trees_lack_nothing_and_are_remembered() {
     let (seen, counting) = denying(&store, &[]);
     let closure = Closure::new();
     let roots = || nodes.iter().map(|node| ("in".to_owned(), node));
-    assert_eq!(closure.missing(&seen, roots()).unwrap(), []);
+    assert_eq!(closure.check(&seen, roots()).unwrap(), []);
     // Directories: hello, bin, empty, outer; blobs: empty, "hello world\n", "x".
     assert_eq!(counting.questions.swap(0, Ordering::Relaxed), 7);
-    assert_eq!(closure.missing(&seen, roots()).unwrap(), []);
+    assert_eq!(closure.check(&seen, roots()).unwrap(), []);
     assert_eq!(counting.questions.load(Ordering::Relaxed), 0);
 }
 
@@ -105,12 +106,12 @@ fn what_is_missing_is_named_once_with_what_needs_it() {
         let closure = Closure::new();
         let roots = || roots.iter().enumerate().map(|(index, node)| (index.to_string(), *node));
         for round in 1..3 {
-            let missing = closure.missing(&seen, roots()).unwrap();
+            let missing = closure.check(&seen, roots()).unwrap();
             assert_eq!(told(&missing), *expected, "{case}, round {round}");
         }
         // What lacked something was not taken for complete, and what comes later is noticed.
-        assert_eq!(closure.missing(&store, roots()).unwrap(), [], "{case}");
-        assert_eq!(closure.missing(&seen, roots()).unwrap().len(), {
+        assert_eq!(closure.check(&store, roots()).unwrap(), [], "{case}");
+        assert_eq!(closure.check(&seen, roots()).unwrap().len(), {
             let files = roots().filter(|(_, node)| matches!(node, Node::File { .. })).count();
             files.min(1)
         });
@@ -125,7 +126,7 @@ fn an_empty_blob_is_not_an_empty_directory() {
     let node = node.node(&mut directories);
     store.directories.put(directories).unwrap();
     let closure = Closure::new();
-    let missing = || closure.missing(&store, [("in".to_owned(), &node)]).unwrap();
+    let missing = || closure.check(&store, [("in".to_owned(), &node)]).unwrap();
     assert_eq!(told(&missing()), [("in/file", ObjectKind::Blob)]);
     assert_eq!(missing()[0].to_string(), format!("blob {} (needed for in/file)", Digest::of(b"")));
     put_blob(&store, b"").unwrap();
@@ -153,8 +154,8 @@ fn the_report_has_an_end() {
     let closure = Closure::new();
     let mut lacked = 0;
     loop {
-        let missing = closure.missing(&store, [("in".to_owned(), &node)]).unwrap();
-        assert_eq!(missing.len(), (210 - lacked).min(MAX_MISSING));
+        let missing = closure.check(&store, [("in".to_owned(), &node)]).unwrap();
+        assert_eq!(missing.len(), (210 - lacked).min(MAX_FINDINGS));
         if missing.is_empty() {
             break;
         }
@@ -184,7 +185,61 @@ fn any_depth() {
     store.directories.put(directories).unwrap();
     let (seen, _) = denying(&store, &[(ObjectKind::Directory, deepest)]);
     let closure = Closure::new();
-    let missing = closure.missing(&seen, [("in".to_owned(), &node)]).unwrap();
+    let missing = closure.check(&seen, [("in".to_owned(), &node)]).unwrap();
     assert_eq!(told(&missing), [(&format!("in{}/...", "/d".repeat(2047))[..], ObjectKind::Directory)]);
-    assert_eq!(closure.missing(&store, [("in".to_owned(), &node)]).unwrap(), []);
+    assert_eq!(closure.check(&store, [("in".to_owned(), &node)]).unwrap(), []);
+}
+
+#[test]
+fn wrong_sizes_are_told_wherever_they_are_stated() {
+    let (_dir, store) = store();
+    let (five, _) = put_blob(&store, b"12345").unwrap();
+    let file = |size| Node::File { digest: five, size, executable: false };
+    let mut inner = Directory::new();
+    inner.insert(name(b"right"), file(5)).unwrap();
+    let mut outer = inner.clone();
+    outer.insert(name(b"long"), file(6)).unwrap();
+    outer.insert(name(b"short"), file(0)).unwrap();
+    outer.insert(name(b"inner"), inner.node()).unwrap();
+    store.directories.put(vec![inner.clone(), outer.clone()]).unwrap();
+    let resized = |node: Node, size| match node {
+        Node::Directory { digest, .. } => Node::Directory { digest, size },
+        node => node,
+    };
+    let (blob, directory) = (ObjectKind::Blob, ObjectKind::Directory);
+    let in_outer = [("0/long", blob, 6, 5), ("0/short", blob, 0, 5)];
+    let at_root = |stated, actual| [("0", directory, stated, actual)];
+    type Case<'a> = (&'a str, Node, &'a [(&'a str, ObjectKind, u64, u64)]);
+    let cases: &[Case] = &[
+        ("a file", file(5), &[]),
+        ("a file of a wrong size", file(4), &[("0", blob, 4, 5)]),
+        ("files below", outer.node(), &in_outer),
+        ("a directory", inner.node(), &[]),
+        ("a directory of a wrong size", resized(inner.node(), 3), &at_root(3, 2)),
+        (
+            "a wrong directory of a wrong size",
+            resized(outer.node(), 9),
+            &[&at_root(9, 10)[..], &in_outer].concat(),
+        ),
+    ];
+    let fresh = Closure::new();
+    for (case, node, expected) in cases {
+        // The second time what is right is remembered; what is wrong is not.
+        for closure in [&Closure::new(), &fresh, &fresh] {
+            let findings = closure.check(&store, [("0".to_owned(), node)]).unwrap();
+            let told: Vec<_> = findings
+                .iter()
+                .map(|finding| match finding.problem {
+                    Problem::Size { stated, actual } => (&finding.path[..], finding.kind, stated, actual),
+                    Problem::Missing => panic!("{case}: {finding} is missing"),
+                })
+                .collect();
+            assert_eq!(sorted(told), sorted(expected.to_vec()), "{case}");
+        }
+    }
+}
+
+fn sorted<T: Ord>(mut items: Vec<T>) -> Vec<T> {
+    items.sort();
+    items
 }

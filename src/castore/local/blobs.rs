@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -14,7 +13,7 @@ use nix::unistd::{UnlinkatFlags, unlinkat};
 use super::Root;
 use crate::castore::file_blob::FileBlob;
 use crate::castore::node::Digest;
-use crate::castore::traits::{Blob, BlobService, BlobWriter, StoreError};
+use crate::castore::traits::{Blob, BlobService, BlobStat, BlobWriter, StoreError};
 
 /// A blob of up to this many bytes is written in one go, and not at all where it is there already; of a
 /// larger one, smaller writes are gathered up to this.
@@ -31,8 +30,8 @@ impl Blobs {
 }
 
 impl BlobService for Blobs {
-    fn has(&self, digest: &Digest) -> Result<bool, StoreError> {
-        Ok(self.root.stored_size(digest)?.is_some())
+    fn stat(&self, digest: &Digest) -> Result<Option<BlobStat>, StoreError> {
+        Ok(self.root.stored_size(digest)?.map(|size| BlobStat { size: Some(size) }))
     }
 
     fn open(&self, digest: &Digest) -> Result<Option<Arc<dyn Blob>>, StoreError> {
@@ -44,8 +43,8 @@ impl BlobService for Blobs {
             Err(errno) => return Err(refused("open", digest, errno)),
         };
         let stat = fstat(&file).map_err(|errno| refused("look at", digest, errno))?;
-        let size = regular_size(&stat, digest)?;
-        Ok(Some(Arc::new(FileBlob::new(file, size))))
+        let size = blob_size(&stat, digest)?;
+        Ok(size.map(|size| Arc::new(FileBlob::new(file, size)) as Arc<dyn Blob>))
     }
 
     fn create(&self) -> Result<Box<dyn BlobWriter>, StoreError> {
@@ -63,10 +62,18 @@ impl Root {
     /// Length of the blob, if it is there.
     fn stored_size(&self, digest: &Digest) -> Result<Option<u64>, StoreError> {
         match fstatat(&self.blobs, place(digest).as_str(), AtFlags::AT_SYMLINK_NOFOLLOW) {
-            Ok(stat) => regular_size(&stat, digest).map(Some),
+            Ok(stat) => blob_size(&stat, digest),
             Err(Errno::ENOENT) => Ok(None),
             Err(errno) => Err(refused("look for", digest, errno)),
         }
+    }
+
+    /// Opens the directory that a blob lies in.
+    pub(super) fn open_parent(&self, digest: &Digest) -> io::Result<File> {
+        let place = place(digest);
+        let parent = place.split('/').next().unwrap_or_default();
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW;
+        Ok(openat(&self.blobs, parent, flags, Mode::empty())?.into())
     }
 }
 
@@ -159,9 +166,14 @@ impl BlobWriter for Writer {
 
 /// A file in `tmp/`, removed with this value unless it is kept.
 struct Temporary {
-    root: Arc<Root>,
-    name: Option<String>,
     file: File,
+    name: TemporaryName,
+}
+
+struct TemporaryName {
+    root: Arc<Root>,
+    /// None once it has been given away.
+    name: Option<String>,
 }
 
 impl Temporary {
@@ -169,23 +181,24 @@ impl Temporary {
         let name = root.temporary_name();
         let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
         let file = openat(&root.temporary, name.as_str(), flags, Mode::from_bits_truncate(0o444))?;
-        Ok(Self { root: Arc::clone(root), name: Some(name), file: file.into() })
+        Ok(Self { file: file.into(), name: TemporaryName { root: Arc::clone(root), name: Some(name) } })
     }
 
     /// Makes it the blob `digest`.
-    fn keep(mut self, digest: &Digest) -> Result<(), StoreError> {
-        if let Some(name) = self.name.take() {
-            let (from, to): (BorrowedFd<'_>, _) = (self.root.temporary.as_fd(), self.root.blobs.as_fd());
-            if let Err(errno) = renameat(from, name.as_str(), to, place(digest).as_str()) {
-                self.name = Some(name);
-                return Err(refused("create", digest, errno));
-            }
-        }
+    fn keep(self, digest: &Digest) -> Result<(), StoreError> {
+        let Self { file, mut name } = self;
+        let root = Arc::clone(&name.root);
+        let rename = || match &name.name {
+            Some(from) => renameat(&root.temporary, from.as_str(), &root.blobs, place(digest).as_str()),
+            None => Ok(()),
+        };
+        root.unsynced.add(file, digest, rename).map_err(|errno| refused("create", digest, errno))?;
+        name.name = None;
         Ok(())
     }
 }
 
-impl Drop for Temporary {
+impl Drop for TemporaryName {
     fn drop(&mut self) {
         if let Some(name) = &self.name {
             // What can't be removed now is swept when the store is opened next.
@@ -200,10 +213,12 @@ fn place(digest: &Digest) -> String {
     format!("{}/{hex}", &hex[..2])
 }
 
-fn regular_size(stat: &FileStat, digest: &Digest) -> Result<u64, StoreError> {
+/// The length of a blob by that of its file. An empty file is what a crash of the machine leaves of a blob that
+/// was not synced: unless it is the empty blob, there is none.
+fn blob_size(stat: &FileStat, digest: &Digest) -> Result<Option<u64>, StoreError> {
     let regular = SFlag::from_bits_truncate(stat.st_mode & libc::S_IFMT) == SFlag::S_IFREG;
     match u64::try_from(stat.st_size) {
-        Ok(size) if regular => Ok(size),
+        Ok(size) if regular => Ok(Some(size).filter(|size| *size > 0 || *digest == Digest::of(b""))),
         _ => Err(StoreError::Damaged { kind: "blob", digest: *digest }),
     }
 }

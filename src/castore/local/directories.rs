@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
-use redb::{Database, ReadableDatabase, TableDefinition, TableError};
+use redb::{Database, Durability, ReadableDatabase, TableDefinition, TableError, WriteTransaction};
 
 use super::Root;
 use crate::castore::children::check_children;
 use crate::castore::node::{Digest, Directory};
 use crate::castore::traits::{DirectoryService, StoreError};
+use crate::config::Lifetime;
 use crate::recent::Memo;
 
 /// Canonical encodings by digest.
@@ -22,8 +23,7 @@ const REMEMBERED_ENTRIES: usize = 256 * 1024;
 pub(super) struct Directories {
     database: Database,
     remembered: Memo<Digest, Arc<Directory>>,
-    /// Keeps the store locked.
-    _root: Arc<Root>,
+    root: Arc<Root>,
 }
 
 impl Directories {
@@ -34,7 +34,7 @@ impl Directories {
             .create(path)
             .map_err(|error| refused("open", error))?;
         let remembered = Memo::new(REMEMBERED_ENTRIES);
-        let directories = Self { database, remembered, _root: root };
+        let directories = Self { database, remembered, root };
         directories.make_table()?;
         Ok(directories)
     }
@@ -46,12 +46,20 @@ impl Directories {
         match reading.open_table(TABLE) {
             Ok(_) => Ok(()),
             Err(TableError::TableDoesNotExist(_)) => {
-                let writing = self.database.begin_write().map_err(|error| refused("write to", error))?;
+                let writing = self.begin_write()?;
                 writing.open_table(TABLE).map_err(|error| refused("create a table in", error))?;
                 writing.commit().map_err(|error| refused("write to", error))
             }
             Err(error) => Err(refused("read", error)),
         }
+    }
+
+    fn begin_write(&self) -> Result<WriteTransaction, StoreError> {
+        let mut writing = self.database.begin_write().map_err(|error| refused("write to", error))?;
+        if self.root.lifetime == Lifetime::Ephemeral {
+            writing.set_durability(Durability::None).map_err(|error| refused("write to", error))?;
+        }
+        Ok(writing)
     }
 
     fn read(&self, digest: &Digest) -> Result<Option<Arc<Directory>>, StoreError> {
@@ -82,7 +90,7 @@ impl Directories {
     }
 
     fn insert(&self, directories: &[&Encoded]) -> Result<(), StoreError> {
-        let writing = self.database.begin_write().map_err(|error| refused("write to", error))?;
+        let writing = self.begin_write()?;
         {
             let mut table = writing.open_table(TABLE).map_err(|error| refused("write to", error))?;
             for directory in directories {
@@ -113,7 +121,9 @@ impl DirectoryService for Directories {
         let digests = encoded.iter().map(|encoded| encoded.digest);
         check_children(digests.zip(&directories), |child| Ok(self.get(child)?.map(|child| child.size())))?;
         let absent = self.absent(&encoded)?;
-        // A commit costs a sync; a tree that is here already should not.
+        // Blobs before the directories that name them.
+        self.root.sync()?;
+        // A commit costs another sync; a tree that is here already should not.
         if absent.is_empty() { Ok(()) } else { self.insert(&absent) }
     }
 }

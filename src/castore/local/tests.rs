@@ -6,7 +6,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::castore::fixtures::{EMPTY, HELLO, KEEP, Sketch, digest, name, put_blob, store};
-use crate::castore::{Blob, Digest, Directory, Node};
+use crate::castore::{Blob, BlobStat, Digest, Directory, Node};
 
 fn read(blob: &dyn Blob) -> Vec<u8> {
     let mut bytes = vec![0; blob.size() as usize + 1];
@@ -60,12 +60,12 @@ fn a_blob_is_a_read_only_file_of_its_bytes() {
 fn what_is_not_there_is_not_there() {
     let (_dir, store) = store();
     let empty = digest(EMPTY);
-    assert!(!store.blobs.has(&empty).unwrap());
+    assert!(store.blobs.stat(&empty).unwrap().is_none());
     assert!(store.blobs.open(&empty).unwrap().is_none());
     assert!(store.directories.get(&empty).unwrap().is_none());
     // The empty blob and the empty directory have one digest, and are two things.
     put_blob(&store, b"").unwrap();
-    assert!(store.blobs.has(&empty).unwrap());
+    assert!(store.blobs.stat(&empty).unwrap().is_some());
     assert!(store.directories.get(&empty).unwrap().is_none());
     store.directories.put(vec![Directory::new()]).unwrap();
     assert_eq!(*store.directories.get(&empty).unwrap().unwrap(), Directory::new());
@@ -87,10 +87,47 @@ fn a_truncated_blob_is_mended_by_storing_it_again() {
     let (dir, store) = store();
     let (hello, _) = put_blob(&store, b"hello").unwrap();
     let path = dir.path().join(format!("store/blobs/{}/{hello}", &hello.to_hex()[..2]));
-    fs::remove_file(&path).unwrap();
-    fs::write(&path, b"").unwrap();
-    put_blob(&store, b"hello").unwrap();
-    assert_eq!(fs::read(&path).unwrap(), b"hello");
+    for (left, counts) in [(&b""[..], None), (b"hel", Some(BlobStat { size: Some(3) }))] {
+        let _ = fs::remove_file(&path);
+        fs::write(&path, left).unwrap();
+        assert_eq!(store.blobs.stat(&hello).unwrap(), counts, "{left:?}");
+        assert_eq!(store.blobs.open(&hello).unwrap().is_some(), counts.is_some(), "{left:?}");
+        put_blob(&store, b"hello").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"hello", "{left:?}");
+    }
+}
+
+#[test]
+fn directories_wait_for_the_blobs_before_them() {
+    let dir = TempDir::new().unwrap();
+    for (lifetime, few) in [(Lifetime::Lasting, 3), (Lifetime::Ephemeral, 0)] {
+        let path = dir.path().join(format!("{lifetime:?}"));
+        let root = Arc::new(Root::open(&path, lifetime).unwrap());
+        let directories = directories::Directories::open(Arc::clone(&root)).unwrap();
+        let blobs = Arc::new(blobs::Blobs::new(Arc::clone(&root)));
+        let directories = Arc::new(directories);
+        let store = Store { blobs, directories };
+        let unsynced = || root.unsynced.count();
+        let lasting = lifetime == Lifetime::Lasting;
+        assert_eq!(unsynced(), if lasting { None } else { Some(0) }, "what the last process left");
+        store.directories.put(vec![]).unwrap();
+        assert_eq!(unsynced(), Some(0), "an empty put syncs, too");
+
+        // Each new one waits, and one that is there already does not.
+        for bytes in [&b"a"[..], b"b", b"c", b"a"] {
+            put_blob(&store, bytes).unwrap();
+        }
+        assert_eq!(unsynced(), Some(few));
+        store.directories.put(vec![Directory::new()]).unwrap();
+        assert_eq!(unsynced(), Some(0));
+        for number in 0..100u8 {
+            put_blob(&store, &[number; 3]).unwrap();
+        }
+        assert_eq!(unsynced(), if lasting { None } else { Some(0) }, "too many to count");
+        store.directories.put(vec![Directory::new()]).unwrap();
+        assert_eq!(unsynced(), Some(0));
+        assert_eq!(read(&*store.blobs.open(&Digest::of(&[99; 3])).unwrap().unwrap()), [99; 3]);
+    }
 }
 
 #[test]
@@ -101,7 +138,7 @@ fn what_is_no_regular_file_is_damaged() {
     let damaged = |name: &str| {
         let opened = store.blobs.open(&hello).map(drop);
         assert!(matches!(opened, Err(StoreError::Damaged { kind: "blob", .. })), "{name}");
-        let looked = store.blobs.has(&hello);
+        let looked = store.blobs.stat(&hello);
         assert!(matches!(looked, Err(StoreError::Damaged { kind: "blob", .. })), "{name}");
     };
     symlink("/etc/hostname", &path).unwrap();
@@ -142,7 +179,7 @@ fn opening_sweeps_and_keeps() {
     assert_eq!(fs::read_dir(path.join("tmp")).unwrap().count(), 0);
     let Node::Directory { digest: root, .. } = node else { panic!("{node:?}") };
     assert_eq!(store.directories.get(&root).unwrap().unwrap().node(), node);
-    assert!(store.blobs.has(&Digest::of(b"hello world\n")).unwrap());
+    assert!(store.blobs.stat(&Digest::of(b"hello world\n")).unwrap().is_some());
 }
 
 #[test]

@@ -82,11 +82,11 @@ fn blobs_go_there_and_back() {
     for len in [0, 1, 256 << 10, (256 << 10) + 1, (1 << 20) - 1, 10 << 20] {
         let bytes = noise(len);
         let digest = Digest::of(&bytes);
-        assert!(!served.remote.blobs.has(&digest).unwrap(), "{len}");
+        assert!(served.remote.blobs.stat(&digest).unwrap().is_none(), "{len}");
         assert!(served.remote.blobs.open(&digest).unwrap().is_none(), "{len}");
         assert_eq!(write_blob(&served.remote, &bytes), (digest, len as u64));
-        assert!(served.backing.blobs.has(&digest).unwrap(), "{len}");
-        assert!(served.remote.blobs.has(&digest).unwrap(), "{len}");
+        assert!(served.backing.blobs.stat(&digest).unwrap().is_some(), "{len}");
+        assert!(served.remote.blobs.stat(&digest).unwrap().is_some(), "{len}");
         let blob = served.remote.blobs.open(&digest).unwrap().unwrap();
         assert_eq!(blob.size(), len as u64);
         let mut back = vec![1; len + 5];
@@ -110,7 +110,7 @@ fn how_a_blob_is_cut_up_does_not_matter() {
     }
     let stored = served.runtime.block_on(client.put(tokio_stream::iter([]))).unwrap();
     assert_eq!(stored.into_inner().digest, Digest::of(b"").as_bytes(), "no message at all");
-    assert!(served.backing.blobs.has(&Digest::of(b"")).unwrap());
+    assert!(served.backing.blobs.stat(&Digest::of(b"")).unwrap().is_some());
     let digest = Digest::of(b"").as_bytes().to_vec();
     let mut stream =
         served.runtime.block_on(client.read(wire::ReadBlobRequest { digest })).unwrap().into_inner();
@@ -371,7 +371,7 @@ impl Drop for BrokenWriter {
 }
 
 impl crate::castore::BlobService for Broken {
-    fn has(&self, digest: &Digest) -> Result<bool, StoreError> {
+    fn stat(&self, digest: &Digest) -> Result<Option<crate::castore::BlobStat>, StoreError> {
         Err(StoreError::Damaged { kind: "blob", digest: *digest })
     }
 
@@ -441,12 +441,12 @@ fn an_abandoned_upload_leaves_nothing() {
         writer.write_all(&bytes[..len]).unwrap();
         drop(writer);
         // Keeps step with the server, which takes a burst of abandoned calls for an attack.
-        served.remote.blobs.has(&Digest::of(b"")).unwrap();
+        served.remote.blobs.stat(&Digest::of(b"")).unwrap();
     }
     // One that is completed after them, so that the server has seen them all.
     write_blob(&served.remote, b"later");
     for len in [0, 10, 256 << 10, 512 << 10, 768 << 10, 1 << 20] {
-        assert!(!served.backing.blobs.has(&Digest::of(&bytes[..len])).unwrap(), "{len}");
+        assert!(served.backing.blobs.stat(&Digest::of(&bytes[..len])).unwrap().is_none(), "{len}");
     }
 }
 
@@ -463,7 +463,7 @@ fn a_store_that_has_gone_is_named() {
     let mut writer = store.blobs.create().unwrap();
     writer.write_all(b"x").unwrap();
     let errors = [
-        store.blobs.has(&digest).unwrap_err(),
+        store.blobs.stat(&digest).unwrap_err(),
         store.blobs.open(&digest).map(drop).unwrap_err(),
         writer.finish().unwrap_err(),
         store.directories.get(&digest).unwrap_err(),
