@@ -108,7 +108,7 @@ fn kill_ends_it(case: &Case) {
 
 fn an_interrupt_while_outputs_are_written(case: &Case) {
     for (signal, code) in [(Signal::SIGINT, 130), (Signal::SIGTERM, 143)] {
-        let script = "echo small > /outputs/a; truncate -s 1G /outputs/b";
+        let script = "echo small > /outputs/a; truncate -s 256M /outputs/b";
         let running = Running::start(case.run_command(&["--output", "a", "--output", "b"], script));
         let hidden = || {
             names(&case.path(""))
