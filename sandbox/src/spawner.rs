@@ -2,7 +2,7 @@
 //!
 //! It has one thread for life, so that forking there is safe, and little memory, so that it is cheap. For each sandbox it is sent the plan in a memfd, the ends of two pipes and one end of a control
 //! socket. The other end is the sandbox's owner: when that is shut or closed, the sandbox is killed; the
-//! last thing that comes over it is the [`Report`].
+//! last thing that comes over it is the [`Report`](crate::Report).
 //!
 //! When the program ends, however it does, its end of the spawner's own socket closes. The spawner then
 //! kills every sandbox, removes what they left on disk, and ends.
@@ -137,7 +137,7 @@ impl Spawner {
             })
     }
 
-    /// Asks for a sandbox. That it could not be made is told by its [`Report`].
+    /// Asks for a sandbox. That it could not be made is told by its [`Report`](crate::Report).
     ///
     /// # Errors
     /// Where the spawner can't be reached.
@@ -153,7 +153,7 @@ impl Spawner {
 /// A sandbox, owned: dropping it kills everything inside.
 ///
 /// It is a stream socket. Shutting down its writing side kills the sandbox; the bytes that come out of it up to its
-/// end, which comes once every process of the sandbox is dead, are for [`Report::from_bytes`]. Thus it fits
+/// end, which comes once every process of the sandbox is dead, are for [`Report::from_bytes`](crate::Report::from_bytes). Thus it fits
 /// whatever its owner waits with.
 #[derive(Debug)]
 pub struct Sandbox {
