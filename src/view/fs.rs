@@ -16,7 +16,7 @@ use fuser::{
     ReplyEntry, ReplyOpen, ReplyStatfs, ReplyXattr, Request,
 };
 
-use super::inodes::{Entries, FileId, Inode, Listing, ROOT};
+use super::inodes::{Entries, FileId, Inode, KEPT, KEPT_NAME, Listing, ROOT};
 use super::{Fault, Shared};
 use crate::castore::{Blob, Digest, Name, Node};
 use crate::lock::lock;
@@ -68,10 +68,16 @@ impl From<&Node> for Shape {
 impl From<&Inode> for Shape {
     fn from(inode: &Inode) -> Self {
         match inode {
-            Inode::Root | Inode::Directory(..) => Self::Directory,
-            Inode::File(id) => Self::File { size: id.size, executable: id.executable },
+            Inode::Root | Inode::Kept | Inode::Directory(..) => Self::Directory,
+            Inode::File(file) => (*file).into(),
             Inode::Symlink(target) => Self::Symlink { len: target.as_bytes().len() },
         }
+    }
+}
+
+impl From<FileId> for Shape {
+    fn from(file: FileId) -> Self {
+        Self::File { size: file.size, executable: file.executable }
     }
 }
 
@@ -138,11 +144,28 @@ impl Castore {
         Ok(Some(self.attributes(number, node.into())))
     }
 
+    /// Grants a lookup in the root.
+    fn enter_root(&self, name: &OsStr) -> Option<FileAttr> {
+        let number = match name {
+            name if name == KEPT_NAME => KEPT,
+            name => lock(&self.shared.inodes).enter_build(name.as_bytes())?,
+        };
+        Some(self.attributes(number, Shape::Directory))
+    }
+
+    /// Grants a lookup of a file that is to be kept.
+    fn enter_kept(&self, name: &OsStr) -> Option<FileAttr> {
+        let number = name.to_str()?.parse().ok()?;
+        let file = lock(&self.shared.inodes).keep(number)?;
+        Some(self.attributes(number, file.into()))
+    }
+
     /// The entries of a directory other than the root.
     fn listing(&self, number: u64) -> Result<Arc<Listing>, Errno> {
         let (place, digest) = match self.inode(number)? {
             Inode::Directory(_, Entries::Known(listing)) => return Ok(listing),
             Inode::Directory(place, Entries::Stored(digest)) => (place, digest),
+            Inode::Kept => return Ok(Arc::default()),
             _ => return Err(Errno::ENOTDIR),
         };
         let recent = self.shared.listings.get(&digest);
@@ -279,18 +302,17 @@ impl Filesystem for Castore {
     }
 
     fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        if parent == INodeNo::ROOT {
+        let found = match parent.0 {
             // What isn't there may come: such an answer must not be kept.
-            let entered = lock(&self.shared.inodes).enter_build(name.as_bytes());
-            return match entered {
-                Some(number) => reply.entry(&FOREVER, &self.attributes(number, Shape::Directory), GENERATION),
-                None => reply.error(Errno::ENOENT),
-            };
-        }
-        match self.enter(parent.0, name.as_bytes()) {
-            Ok(Some(attributes)) => reply.entry(&FOREVER, &attributes, GENERATION),
+            ROOT => self.enter_root(name).ok_or(Errno::ENOENT),
+            KEPT => self.enter_kept(name).ok_or(Errno::ENOENT),
             // Number 0: there is nothing, and that may be kept.
-            Ok(None) => reply.entry(&FOREVER, &self.attributes(0, Shape::Directory), GENERATION),
+            parent => self
+                .enter(parent, name.as_bytes())
+                .map(|found| found.unwrap_or_else(|| self.attributes(0, Shape::Directory))),
+        };
+        match found {
+            Ok(attributes) => reply.entry(&FOREVER, &attributes, GENERATION),
             Err(errno) => reply.error(errno),
         }
     }
@@ -328,11 +350,8 @@ impl Filesystem for Castore {
         thread_local! {
             static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
         }
-        let file = match self.inode(number.0) {
-            Ok(Inode::File(file)) => file,
-            Ok(_) => return reply.error(Errno::EINVAL),
-            Err(errno) => return reply.error(errno),
-        };
+        let file = lock(&self.shared.inodes).read(number.0);
+        let Some(file) = file else { return reply.error(Errno::ESTALE) };
         BUFFER.with_borrow_mut(|buffer| {
             let size = size.min(MAX_REQUEST) as usize;
             if buffer.len() < size {

@@ -7,6 +7,9 @@
 //! * A directory has one for each build and path. The kernel keeps one dentry per directory number, and
 //!   a lookup under a second path would move it there: `..` and `pwd` would go wrong in the first.
 //!
+//! A file that was read may be looked up once more, as an entry of the directory [`KEPT`]. For as long as the
+//! kernel remembers that one, it remembers the file's pages, also after all builds that have it are gone.
+//!
 //! Numbers are never used again. An entry lives for as long as the kernel remembers it (lookups granted
 //! less lookups forgotten), and the directory of a build at least until the build is released.
 
@@ -17,6 +20,16 @@ use crate::castore::{Digest, Directory, Name, Node, Target};
 
 /// The number of the view's own root.
 pub const ROOT: u64 = 1;
+
+/// The number of the directory whose entries are the files that are kept, called by their numbers. It is not
+/// listed.
+pub const KEPT: u64 = 2;
+
+/// What that directory is called in the root.
+pub const KEPT_NAME: &str = ".kept";
+
+/// At most this many files are remembered as read until [`Inodes::take_read`] is called.
+const MAX_READ: usize = 1 << 16;
 
 /// The first number given away. 0 means "nothing" to the kernel, and in the listing of the root, whose
 /// offsets are the numbers of builds, 1 and 2 stand for `.` and `..`.
@@ -76,6 +89,8 @@ pub struct FileId {
 pub enum Inode {
     /// The view's root, which lists the live builds.
     Root,
+    /// The directory of files that are kept.
+    Kept,
     /// A build's directory, or one below it.
     Directory(Place, Entries),
     /// A file.
@@ -109,6 +124,8 @@ struct Record {
     inode: Inode,
     /// Lookups that the kernel holds, plus one while a build of ours holds its directory.
     held: u64,
+    /// Whether it is a file that was read.
+    read: bool,
 }
 
 #[derive(Debug)]
@@ -129,6 +146,8 @@ pub struct Inodes {
     builds: HashMap<Name, Build>,
     /// The live builds by number, which is the order of the root's listing.
     live: BTreeMap<u64, Name>,
+    /// Files that were read for the first time since they were last asked for.
+    read: Vec<u64>,
 }
 
 impl Inodes {
@@ -142,6 +161,7 @@ impl Inodes {
             directories: HashMap::new(),
             builds: HashMap::new(),
             live: BTreeMap::new(),
+            read: Vec::new(),
         }
     }
 
@@ -153,12 +173,47 @@ impl Inodes {
 
     /// What stands behind `number`; `None` where the kernel should have forgotten it.
     pub fn get(&self, number: u64) -> Option<Inode> {
-        if number == ROOT { Some(Inode::Root) } else { self.records.get(&number).map(|r| r.inode.clone()) }
+        match number {
+            ROOT => Some(Inode::Root),
+            KEPT => Some(Inode::Kept),
+            _ => self.records.get(&number).map(|record| record.inode.clone()),
+        }
+    }
+
+    /// The file behind `number`, and notes that it is read; `None` where there is no such file.
+    pub fn read(&mut self, number: u64) -> Option<FileId> {
+        let record = self.records.get_mut(&number)?;
+        let Inode::File(file) = record.inode else { return None };
+        if !record.read && self.read.len() < MAX_READ {
+            record.read = true;
+            self.read.push(number);
+        }
+        Some(file)
+    }
+
+    /// The files that were read for the first time since this was last called.
+    pub fn take_read(&mut self) -> Vec<u64> {
+        std::mem::take(&mut self.read)
+    }
+
+    /// Grants a lookup of a file under its number; `None` where the kernel has forgotten it.
+    pub fn keep(&mut self, number: u64) -> Option<FileId> {
+        let record = self.records.get_mut(&number)?;
+        let Inode::File(file) = record.inode else { return None };
+        record.held += 1;
+        Some(file)
+    }
+
+    /// Notes that a file is no longer kept: the next one to read it reads it for the first time.
+    pub fn let_go(&mut self, number: u64) {
+        if let Some(record) = self.records.get_mut(&number) {
+            record.read = false;
+        }
     }
 
     /// Makes the directory of a build and holds it; `None` where the name is taken.
     pub fn expose(&mut self, name: Name, inputs: Arc<Listing>) -> Option<u64> {
-        if self.builds.contains_key(&name) {
+        if self.builds.contains_key(&name) || name.as_bytes() == KEPT_NAME.as_bytes() {
             return None;
         }
         let number = self.next;
@@ -254,7 +309,7 @@ impl Inodes {
             Some(Inode::Directory(place, _)) => drop(self.directories.remove(&place)),
             Some(Inode::File(id)) => drop(self.files.remove(&id)),
             Some(Inode::Symlink(target)) => drop(self.symlinks.remove(&target)),
-            Some(Inode::Root) | None => {}
+            Some(Inode::Root | Inode::Kept) | None => {}
         }
     }
 
@@ -284,9 +339,9 @@ impl Inodes {
             Inode::Directory(place, _) => drop(self.directories.insert(*place, number)),
             Inode::File(id) => drop(self.files.insert(*id, number)),
             Inode::Symlink(target) => drop(self.symlinks.insert(Arc::clone(target), number)),
-            Inode::Root => {}
+            Inode::Root | Inode::Kept => {}
         }
-        self.records.insert(number, Record { inode, held: 1 });
+        self.records.insert(number, Record { inode, held: 1, read: false });
         number
     }
 }

@@ -1,7 +1,8 @@
 //! The castore as one FUSE file system for all builds: `/<build id>/<input name>`.
 //!
 //! Content never changes, so the kernel may remember everything for ever, and a second look costs no
-//! request. Only the root changes, when a build comes or goes.
+//! request. Only the root changes, when a build comes or goes. What a build has read of its files stays in the
+//! page cache for those after it.
 //!
 //! # What the store can't give
 //! A read that the store does not answer with exactly the bytes named is an I/O error to its reader. The
@@ -13,6 +14,7 @@
 mod fs;
 mod inodes;
 mod mount;
+mod usher;
 
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
@@ -20,17 +22,15 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, mpsc};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
 use cofferdam_sandbox::Owner;
-use fuser::{INodeNo, Notifier};
 use tokio::sync::watch;
 
 use crate::castore::{Blob, Digest, Name, Node, NodeError, Store, StoreError};
 use crate::lock::lock;
 use crate::recent::Memo;
 use inodes::{Inodes, Listing};
+use usher::{Farewell, Usher};
 
 /// How many blobs are kept open, and so how many file descriptors the view takes.
 const OPEN_BLOBS: usize = 512;
@@ -38,10 +38,9 @@ const OPEN_BLOBS: usize = 512;
 /// How many directory entries are kept beyond what the kernel remembers, for the next build.
 const RECENT_ENTRIES: usize = 1 << 18;
 
-/// When it is looked first whether the kernel has forgotten a build that has gone, and the longest time
-/// between such looks, where it goes on remembering.
-const FIRST_LOOK: Duration = Duration::from_secs(1);
-const LAST_LOOK: Duration = Duration::from_secs(60);
+/// How many files that were read are kept for the next build, about 1 KiB of the kernel's memory each. Their
+/// pages are the kernel's to take back whenever it is short of memory, and the files with them.
+const KEPT_FILES: usize = 1 << 16;
 
 /// The mounted view. Dropping it unmounts it, whatever is still in use; that may take seconds where the
 /// store does not answer.
@@ -63,6 +62,16 @@ impl View {
     /// # Errors
     /// [`ViewError::Device`], [`ViewError::Mount`] and [`ViewError::Session`] where the kernel refuses.
     pub fn mount(store: Store, at: &Path, owner: Owner, threads: NonZeroUsize) -> Result<Self, ViewError> {
+        Self::mount_keeping(store, at, owner, threads, KEPT_FILES)
+    }
+
+    fn mount_keeping(
+        store: Store,
+        at: &Path,
+        owner: Owner,
+        threads: NonZeroUsize,
+        kept_files: usize,
+    ) -> Result<Self, ViewError> {
         let at = std::path::absolute(at).map_err(|source| ViewError::Mount { at: at.to_owned(), source })?;
         let shared = Arc::new(Shared {
             store,
@@ -81,7 +90,7 @@ impl View {
         };
         let filesystem = fs::Castore::new(Arc::clone(&shared));
         let mounted = mount::Mounted::new(filesystem, &at, threads, on_end)?;
-        let usher = Usher::new(Arc::clone(&shared), at.clone(), mounted.notifier())
+        let usher = Usher::start(Arc::clone(&shared), at.clone(), mounted.notifier(), kept_files)
             .map_err(|source| ViewError::Session { source })?;
         Ok(Self { at, shared, mounted, usher })
     }
@@ -106,14 +115,14 @@ impl View {
             builds.insert(number, report);
             number
         };
-        forget_listing(&self.mounted.notifier());
+        usher::forget_listing(&self.mounted.notifier());
         Ok(Exposed {
             path: self.at.join(name.as_os_str()),
             name,
             number,
             fault,
             shared: Arc::clone(&self.shared),
-            farewells: self.usher.farewells.clone(),
+            farewells: self.usher.farewells(),
         })
     }
 
@@ -178,87 +187,6 @@ impl Drop for Exposed {
 impl std::fmt::Debug for Exposed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Exposed").field("path", &self.path).finish_non_exhaustive()
-    }
-}
-
-enum Farewell {
-    Build(Name, u64),
-    Stop,
-}
-
-/// Sees builds out. In a thread of its own, since the kernel may take its time over a large tree, and may
-/// wait for a request that is being answered.
-struct Usher {
-    farewells: mpsc::Sender<Farewell>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Usher {
-    fn new(shared: Arc<Shared>, at: PathBuf, notifier: Notifier) -> io::Result<Self> {
-        let (farewells, waiting) = mpsc::channel();
-        let thread = std::thread::Builder::new()
-            .name("view-usher".to_owned())
-            .spawn(move || see_out(&shared, &at, &notifier, &waiting))?;
-        Ok(Self { farewells, thread: Some(thread) })
-    }
-}
-
-impl Drop for Usher {
-    fn drop(&mut self) {
-        let _ = self.farewells.send(Farewell::Stop);
-        let _ = self.thread.take().map(JoinHandle::join);
-    }
-}
-
-/// Tells the kernel of each build that has gone, and looks after a while whether it has forgotten it.
-///
-/// It has not where something still lay over the directory, such as an overlay in an ending sandbox: what
-/// is in use stays, and once it is used no more, it stays as a memory that no name leads to. Such are
-/// then shrunk away.
-fn see_out(shared: &Shared, at: &Path, notifier: &Notifier, waiting: &mpsc::Receiver<Farewell>) {
-    let mut gone = Vec::new();
-    let mut pause = FIRST_LOOK;
-    let mut look = Instant::now();
-    loop {
-        let farewell = if gone.is_empty() {
-            waiting.recv().map_err(|_| mpsc::RecvTimeoutError::Disconnected)
-        } else {
-            waiting.recv_timeout(look.saturating_duration_since(Instant::now()))
-        };
-        match farewell {
-            Ok(Farewell::Build(name, number)) => {
-                if let Err(error) = notifier.inval_entry(INodeNo::ROOT, name.as_os_str()) {
-                    tracing::debug!(build = %name, "the kernel was not told that a build has gone: {error}");
-                }
-                forget_listing(notifier);
-                lock(&shared.inodes).release(&name);
-                if gone.is_empty() {
-                    look = Instant::now() + pause;
-                }
-                gone.push((number, Instant::now()));
-            }
-            Err(mpsc::RecvTimeoutError::Timeout) => {
-                let inodes = lock(&shared.inodes);
-                gone.retain(|(number, _)| inodes.get(*number).is_some());
-                drop(inodes);
-                // Of one that has only just gone, the kernel may be about to say so.
-                if gone.iter().any(|(_, since)| since.elapsed() >= FIRST_LOOK) {
-                    mount::shrink(at);
-                    pause = LAST_LOOK.min(pause * 2);
-                } else {
-                    pause = FIRST_LOOK;
-                }
-                look = Instant::now() + pause;
-            }
-            Ok(Farewell::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => break,
-        }
-    }
-}
-
-/// Makes the kernel ask again what the root holds.
-fn forget_listing(notifier: &Notifier) {
-    if let Err(error) = notifier.inval_inode(INodeNo::ROOT, 0, 0) {
-        tracing::debug!("the kernel was not told that the list of builds has changed: {error}");
     }
 }
 

@@ -5,6 +5,7 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, unshare};
@@ -18,6 +19,11 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Runs `test` with a view of `store` in a private mount namespace. Says so where that can't be had.
 fn with_view(store: Store, test: impl FnOnce(&View) + Send) {
+    with_view_keeping(0, store, test);
+}
+
+/// As [`with_view`]; the view keeps that many files.
+fn with_view_keeping(kept_files: usize, store: Store, test: impl FnOnce(&View) + Send) {
     if !nix::unistd::geteuid().is_root() || !Path::new("/dev/fuse").exists() {
         eprintln!("skipped: mounting FUSE needs root and /dev/fuse here");
         return;
@@ -31,7 +37,8 @@ fn with_view(store: Store, test: impl FnOnce(&View) + Send) {
             let private = nix::mount::MsFlags::MS_REC | nix::mount::MsFlags::MS_PRIVATE;
             nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
             let at = tempfile::tempdir().unwrap();
-            let view = View::mount(store, at.path(), OWNER, NonZeroUsize::new(3).unwrap()).unwrap();
+            let threads = NonZeroUsize::new(3).unwrap();
+            let view = View::mount_keeping(store, at.path(), OWNER, threads, kept_files).unwrap();
             test(&view);
             drop(view);
             assert_eq!(fs::read_dir(at.path()).unwrap().count(), 0, "still mounted");
@@ -385,6 +392,105 @@ fn builds_in_parallel_do_not_disturb_each_other() {
         });
         wait_for("the table to be empty", || view.inodes() == 0);
     });
+}
+
+/// A store that counts how often its blobs are read, and may cut them off.
+struct Reading {
+    inner: Store,
+    reads: Arc<AtomicUsize>,
+    /// Where they end, whatever their size.
+    end: usize,
+}
+
+struct ReadBlob {
+    inner: Arc<dyn Blob>,
+    reads: Arc<AtomicUsize>,
+    end: usize,
+}
+
+impl Blob for ReadBlob {
+    fn size(&self) -> u64 {
+        self.inner.size()
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.reads.fetch_add(1, Ordering::Relaxed);
+        let left = self.end.saturating_sub(offset as usize).min(buffer.len());
+        self.inner.read_at(&mut buffer[..left], offset)
+    }
+}
+
+impl BlobService for Reading {
+    fn stat(&self, digest: &Digest) -> Result<Option<BlobStat>, StoreError> {
+        self.inner.blobs.stat(digest)
+    }
+
+    fn open(&self, digest: &Digest) -> Result<Option<Arc<dyn Blob>>, StoreError> {
+        let opened = self.inner.blobs.open(digest)?;
+        let (reads, end) = (Arc::clone(&self.reads), self.end);
+        Ok(opened.map(|inner| Arc::new(ReadBlob { inner, reads, end }) as Arc<dyn Blob>))
+    }
+
+    fn create(&self) -> Result<Box<dyn BlobWriter>, StoreError> {
+        self.inner.blobs.create()
+    }
+}
+
+#[test]
+fn what_a_build_has_read_is_there_for_the_next() {
+    let inner = memory::store();
+    let contents: Vec<Vec<u8>> = (0..6u8).map(|number| [&noise(150_000)[..], &[number]].concat()).collect();
+    let files = contents.iter().enumerate().map(|(n, bytes)| (n.to_string(), file(&inner, bytes, false)));
+    let tree = directory(&inner, files.collect::<Vec<_>>());
+    let reads = Arc::new(AtomicUsize::new(0));
+    let blobs = Arc::new(Reading { inner: inner.clone(), reads: Arc::clone(&reads), end: usize::MAX });
+    let store = Store { blobs, directories: inner.directories };
+    with_view_keeping(4, store, |view| {
+        assert!(matches!(view.expose(".kept", BTreeMap::new()), Err(ViewError::InUse { .. })));
+        // How often the store was read for a build that reads these files, and is gone when this returns.
+        let build = |id: &str, files: std::ops::Range<usize>| {
+            let before = reads.load(Ordering::Relaxed);
+            let exposed = view.expose(id, inputs([("tree", tree.clone())])).unwrap();
+            for number in files {
+                let path = exposed.path().join(format!("tree/{number}"));
+                assert!(fs::read(path).unwrap() == contents[number], "{id} {number}");
+            }
+            drop(exposed);
+            // Nothing but kept files is left.
+            wait_for("the build to be forgotten", || view.inodes() <= 4);
+            reads.load(Ordering::Relaxed) - before
+        };
+        assert!(build("first", 0..4) > 0);
+        assert_eq!(build("second", 0..4), 0);
+        assert!(build("others", 4..6) > 0, "0 and 1 go");
+        assert_eq!(build("last", 2..6), 0);
+        assert!(build("again", 0..1) > 0, "2 goes");
+        assert_eq!(build("kept", 0..1), 0);
+        assert!(build("gone", 2..3) > 0);
+        assert_eq!(fs::read_dir(&view.at).unwrap().count(), 0, "none of that is listed");
+    });
+}
+
+#[test]
+fn a_blob_that_ends_early_is_an_io_error() {
+    let inner = memory::store();
+    let bytes = noise(300_000);
+    let node = file(&inner, &bytes, false);
+    for end in [0, 1, 4096, 150_000, 299_999] {
+        let blobs = Arc::new(Reading { inner: inner.clone(), reads: Arc::default(), end });
+        let store = Store { blobs, directories: Arc::clone(&inner.directories) };
+        with_view(store, |view| {
+            let exposed = view.expose("b1", inputs([("x", node.clone())])).unwrap();
+            let error = fs::read(exposed.path().join("x")).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::EIO), "{end}");
+            let fault = exposed.fault().unwrap();
+            let actual = end as u64;
+            assert!(
+                matches!(*fault, Fault::Size { stated: 300_000, actual: at, .. } if at == actual),
+                "{end}: {fault}"
+            );
+        });
+    }
 }
 
 /// As builds see it: under an overlay, which may outlast the directory by a moment.
