@@ -66,6 +66,7 @@ fn main() {
     std::fs::create_dir_all(record.parent().expect("it lies in a directory")).unwrap();
     std::fs::write(&record, report).unwrap();
     println!("recorded in {}", record.display());
+    support::tidy_up();
 }
 
 /// A connection, and the request that it sends again and again.

@@ -115,11 +115,16 @@ pub fn fallible(
 /// Runs the trials as the command line asks, and tidies up.
 pub fn run(trials: Vec<Trial>) -> ExitCode {
     let conclusion = libtest_mimic::run(&Arguments::from_args(), trials);
+    tidy_up();
+    conclusion.exit_code()
+}
+
+/// Removes the copy of the binary.
+pub fn tidy_up() {
     if let Some(copy) = BINARY.get() {
-        // A copy that can't be removed is no reason to change the verdict.
+        // One that can't be removed is no reason to change a verdict.
         let _ = std::fs::remove_dir_all(copy.parent().expect("the copy lies in a directory"));
     }
-    conclusion.exit_code()
 }
 
 static BINARY: OnceLock<PathBuf> = OnceLock::new();
