@@ -31,6 +31,15 @@ use crate::sys;
 /// What the spawner is called in lists of processes, and how it is told from the program proper.
 const TITLE: &str = "cofferdam: spawner";
 
+/// What a message to the spawner is about, as its only byte; the rest of it are descriptors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Subject {
+    /// What the program leaves: a message, and a lock.
+    Estate,
+    /// A sandbox: the plan, standard output, standard error, and the control socket.
+    Sandbox,
+}
+
 /// The handle of the spawner process. Dropping it ends every sandbox and the spawner, in this order.
 #[derive(Debug)]
 pub struct Spawner {
@@ -121,20 +130,26 @@ impl Spawner {
         let process = command.spawn().map_err(SpawnError::Start)?;
         let spawner = Self { process, socket: Some(ours) };
         let message = write_message(leftovers)?;
-        spawner.send(&[message.as_fd(), lock])?;
+        spawner.send(Subject::Estate, &[message.as_fd(), lock])?;
         Ok(spawner)
     }
 
-    fn send(&self, fds: &[BorrowedFd<'_>]) -> Result<(), SpawnError> {
+    fn send(&self, subject: Subject, fds: &[BorrowedFd<'_>]) -> Result<(), SpawnError> {
         let socket = self.socket.as_ref().ok_or(SpawnError::Gone)?;
         let fds: Vec<RawFd> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
         let rights = [ControlMessage::ScmRights(&fds)];
-        sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(&[0])], &rights, MsgFlags::MSG_NOSIGNAL, None)
-            .map(drop)
-            .map_err(|errno| match errno {
-                Errno::EPIPE | Errno::ECONNRESET | Errno::ENOTCONN => SpawnError::Gone,
-                errno => SpawnError::io("reach the spawner")(errno),
-            })
+        sendmsg::<()>(
+            socket.as_raw_fd(),
+            &[IoSlice::new(&[subject as u8])],
+            &rights,
+            MsgFlags::MSG_NOSIGNAL,
+            None,
+        )
+        .map(drop)
+        .map_err(|errno| match errno {
+            Errno::EPIPE | Errno::ECONNRESET | Errno::ENOTCONN => SpawnError::Gone,
+            errno => SpawnError::io("reach the spawner")(errno),
+        })
     }
 
     /// Asks for a sandbox. That it could not be made is told by its [`Report`](crate::Report).
@@ -145,7 +160,10 @@ impl Spawner {
         let message = write_message(plan)?;
         let (control, theirs) =
             UnixStream::pair().map_err(|source| SpawnError::Io { act: "make a socket", source })?;
-        self.send(&[message.as_fd(), stdio.stdout.as_fd(), stdio.stderr.as_fd(), theirs.as_fd()])?;
+        self.send(
+            Subject::Sandbox,
+            &[message.as_fd(), stdio.stdout.as_fd(), stdio.stderr.as_fd(), theirs.as_fd()],
+        )?;
         Ok(Sandbox { control })
     }
 }

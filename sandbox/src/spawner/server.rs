@@ -18,7 +18,7 @@ use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::{self, Pid};
 use serde::de::DeserializeOwned;
 
-use super::{Leftovers, Stdio};
+use super::{Leftovers, Stdio, Subject};
 use crate::child;
 use crate::plan::{Network, Plan};
 use crate::report::{Report, SetupFailure, Step};
@@ -162,16 +162,12 @@ impl Server {
         if message.bytes == 0 {
             return Ok(Turn::ProgramEnded);
         }
-        let fds = match <[OwnedFd; 2]>::try_from(fds) {
-            Ok([leftovers, lock]) => {
-                let leftovers = read_message(leftovers).unwrap_or_default();
-                self.estate = Some(Estate { leftovers, lock });
-                return Ok(Turn::GoOn);
+        if byte == [Subject::Estate as u8] {
+            if let Ok([leftovers, lock]) = <[OwnedFd; 2]>::try_from(fds) {
+                self.estate = read_message(leftovers).ok().map(|leftovers| Estate { leftovers, lock });
             }
-            Err(fds) => fds,
-        };
         // Too few: the descriptor limit was reached. The owner sees its socket close.
-        if let Ok([plan, stdout, stderr, control]) = <[OwnedFd; 4]>::try_from(fds) {
+        } else if let Ok([plan, stdout, stderr, control]) = <[OwnedFd; 4]>::try_from(fds) {
             match launch(plan, Stdio { stdout, stderr }) {
                 Ok((pid, pidfd, report, go)) => self.sandboxes.push(Running {
                     pid,

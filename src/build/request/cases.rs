@@ -246,7 +246,7 @@ const REFUSALS: &[(Edit, &str)] = &[
     // Needles.
     (|r| r.refscan_needles[1].clear(), "refscan_needles[1]: is empty; a byte string to search for is needed"),
     (|r| r.refscan_needles = vec!["x".to_owned(); 100_001], "refscan_needles: has 100001 items; at most 100000 are possible"),
-    (|r| r.refscan_needles[0] = "x".repeat((16 << 20) - 3), "refscan_needles: has 16777217 bytes; at most 16777216 are possible"),
+    (|r| r.refscan_needles[0] = "x".repeat((4 << 20) - 3), "refscan_needles: has 4194305 bytes; at most 4194304 are possible"),
 ];
 
 const LONG_NAME: &str = "inputs[2].name: the name \"nnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnn\" is longer than 255 bytes";

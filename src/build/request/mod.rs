@@ -33,8 +33,8 @@ pub mod limits {
     pub const RO_PATHS: usize = 1_000;
     /// Most needles.
     pub const NEEDLES: usize = 100_000;
-    /// Most bytes in all needles together.
-    pub const NEEDLE_BYTES: usize = 16 << 20;
+    /// Most bytes in all needles together: the automaton that searches for them takes some fifty times as much memory.
+    pub const NEEDLE_BYTES: usize = 4 << 20;
     /// Most additional files.
     pub const ADDITIONAL_FILES: usize = 10_000;
     /// Most bytes in all additional files together.
