@@ -202,7 +202,7 @@ impl Castore {
             let at = offset.saturating_add(filled as u64);
             match blob.read_at(space, at) {
                 // The kernel would fill up with zeros.
-                Ok(0) => return Err(Fault::Size { digest, stated: file.size, actual: at }),
+                Ok(0) => return Err(Fault::EndsEarly { digest, size: file.size, offset: at }),
                 Ok(read) => filled = wanted.min(filled.saturating_add(read)),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(source) => return Err(Fault::Read { digest, offset: at, source }),

@@ -250,6 +250,16 @@ pub enum Fault {
         /// The length it has.
         actual: u64,
     },
+    /// A blob has fewer bytes than its length says.
+    #[error("the blob {digest} of {size} bytes has none at {offset}")]
+    EndsEarly {
+        /// Its digest.
+        digest: Digest,
+        /// The length it should have.
+        size: u64,
+        /// Where nothing was found. It may end before that: the kernel reads ahead in several threads.
+        offset: u64,
+    },
     /// The store could not open something.
     #[error("can't get {digest} from the store: {source}")]
     Store {
