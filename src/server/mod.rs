@@ -53,6 +53,9 @@ impl Services {
         for name in [DAEMON, BUILDS, BLOBS, DIRECTORIES] {
             health.set_service_status(name, ServingStatus::Serving).await;
         }
+        if builder.is_none() {
+            health.set_service_status(BUILDS, ServingStatus::NotServing).await;
+        }
         let mut routes = Routes::builder();
         routes.add_service(build_service::server(builder));
         routes.add_service(castore_service::blob_server(store.clone()));

@@ -601,8 +601,12 @@ class Client(unittest.TestCase):
         for flags in [(), ("--no-builds",)]:
             daemon = self.start(*flags)
             stub = health_pb2_grpc.HealthStub(daemon.channel)
-            reply = stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
-            self.assertEqual(reply.status, health_pb2.HealthCheckResponse.SERVING)
+            states = {
+                service: stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10).status
+                for service in ["", "snix.castore.v1.BlobService", "snix.build.v1.BuildService"]
+            }
+            serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+            self.assertEqual(list(states.values()), [serving, serving, not_serving if flags else serving])
             daemon.stop()
 
     def test_reflection(self):
