@@ -44,7 +44,7 @@ pub struct Worker {
     pub store: Store,
     /// Carries out builds.
     pub builder: Builder,
-    // Last: while anything of the worker lives, the state directory is its own.
+    // After the rest: while anything of the worker lives, the state directory and the ids are its own.
     _state: StateDir,
     _claim: Option<IdClaim>,
 }
@@ -110,7 +110,7 @@ pub enum WorkerStartError {
 }
 
 impl Groundwork {
-    /// Takes the state directory, moves the program into namespaces of its own, and forks the spawner.
+    /// Takes the state directory, moves the program into namespaces of its own, and starts the spawner.
     ///
     /// Call this first, while the program has one thread.
     ///

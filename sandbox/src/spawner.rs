@@ -1,11 +1,12 @@
 //! The process that makes sandboxes, and its handle.
 //!
-//! It has one thread for life, so that forking there is safe, and little memory, so that it is cheap. For each sandbox it is sent the plan in a memfd, the ends of two pipes and one end of a control
-//! socket. The other end is the sandbox's owner: when that is shut or closed, the sandbox is killed; the
-//! last thing that comes over it is the [`Report`](crate::Report).
+//! It has one thread for life, so that forking there is safe, and little memory, so that it is cheap. For each
+//! sandbox it is sent the plan in a memfd, the ends of two pipes and one end of a control socket. The other end is
+//! the sandbox's owner: when that is shut or closed, the sandbox is killed; the last thing that comes over it is the
+//! [`Report`](crate::Report).
 //!
-//! When the program ends, however it does, its end of the spawner's own socket closes. The spawner then
-//! kills every sandbox, removes what they left on disk, and ends.
+//! When the program ends, however it does, its end of the spawner's own socket closes. The spawner then kills every
+//! sandbox, removes what they left on disk, and ends.
 
 mod server;
 

@@ -14,7 +14,7 @@ use nix::mount::{MntFlags, umount2};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::CloneFlags;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, send};
-use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::sys::wait::waitpid;
 use nix::unistd::{self, Pid};
 use serde::de::DeserializeOwned;
 
@@ -212,7 +212,7 @@ impl Running {
 
     /// Reaps the sandbox's first process, by whose end all others are dead, and tells the owner.
     fn bury(mut self) {
-        let _ = waitpid(self.pid, Some(WaitPidFlag::empty()));
+        let _ = waitpid(self.pid, None);
         let mut bytes = Vec::new();
         // No writer is left, so this ends.
         let read = Read::by_ref(&mut self.report).take(Report::MAX_BYTES as u64).read_to_end(&mut bytes);
