@@ -13,6 +13,7 @@ mod lock;
 mod recent;
 pub mod refscan;
 pub mod remote;
+pub mod selftest;
 pub mod server;
 pub mod view;
 pub mod worker;

@@ -17,6 +17,7 @@
 
 #![cfg(target_os = "linux")]
 
+pub mod attack;
 mod child;
 pub mod ids;
 pub mod plan;

@@ -2,8 +2,10 @@
 
 pub mod build;
 pub mod daemon;
+pub mod probe;
 mod render;
 pub mod run;
+pub mod selftest;
 mod shell;
 pub mod store;
 
@@ -42,6 +44,12 @@ enum Subcommands {
     Build(build::BuildArgs),
     /// Put files and directories into the store, and take them out.
     Store(store::StoreArgs),
+    /// Show what the sandbox holds on this machine: attack it from within, and look for what is left.
+    Selftest(selftest::SelftestArgs),
+    #[command(hide = true)]
+    Battery(selftest::BatteryArgs),
+    #[command(hide = true)]
+    Probe(probe::ProbeArgs),
 }
 
 /// Does what the arguments say, up to the exit code.
@@ -59,6 +67,9 @@ pub fn main(arguments: impl IntoIterator<Item = impl Into<std::ffi::OsString> + 
         Subcommands::Daemon(args) => daemon::run(args),
         Subcommands::Build(args) => build::run(args),
         Subcommands::Store(args) => store::run(args).map(|()| 0),
+        Subcommands::Selftest(args) => selftest::run(args),
+        Subcommands::Battery(args) => selftest::battery(args),
+        Subcommands::Probe(args) => probe::run(args).map(|()| 0),
     };
     match done {
         Ok(code) => code.into(),

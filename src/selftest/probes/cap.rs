@@ -1,0 +1,5 @@
+//! CAP
+
+use crate::selftest::Probe;
+
+pub(super) const PROBES: &[Probe] = &[];
