@@ -36,6 +36,8 @@ enum Shape {
     In(usize),
     /// At least so many bytes that may be written.
     Out(usize),
+    /// At least so many bytes that may be written, and are zero to begin with.
+    Zeroed(usize),
     /// The length of the bytes before it; takes no argument.
     Len,
 }
@@ -129,10 +131,12 @@ calls! {
     KEYCTL_READ = libc::SYS_keyctl, [Fixed(11), Int, Out(0), Len];
     /// `keyctl(KEYCTL_REVOKE, key)`.
     KEYCTL_REVOKE = libc::SYS_keyctl, [Fixed(3), Int];
-    /// `io_uring_setup(entries, params)`.
-    IO_URING_SETUP = libc::SYS_io_uring_setup, [Int, Out(120)];
-    /// `bpf(command, attributes, size)`.
-    BPF = libc::SYS_bpf, [Int, Out(128), Len];
+    /// `keyctl(KEYCTL_UNLINK, key, keyring)`.
+    KEYCTL_UNLINK = libc::SYS_keyctl, [Fixed(9), Int, Int];
+    /// `io_uring_setup(entries, params)`, with params that name no memory.
+    IO_URING_SETUP = libc::SYS_io_uring_setup, [Int, Zeroed(120)];
+    /// `bpf(BPF_MAP_CREATE, attributes, size)`.
+    BPF_MAP_CREATE = libc::SYS_bpf, [Fixed(0), Out(128), Len];
     /// `userfaultfd(flags)`.
     USERFAULTFD = libc::SYS_userfaultfd, [Int];
     /// `perf_event_open(attributes, pid, cpu, group, flags)`.
@@ -187,6 +191,12 @@ calls! {
     TIOCSTI = libc::SYS_ioctl, [Int, Fixed(libc::TIOCSTI as c_long), In(1)];
     /// `ioctl(fd, TIOCLINUX, subcode)`: pastes, on a virtual console.
     TIOCLINUX = libc::SYS_ioctl, [Int, Fixed(libc::TIOCLINUX as c_long), Out(64)];
+    /// `seccomp(SECCOMP_SET_MODE_STRICT)`: from then on this process may read, write and end, and nothing else.
+    SECCOMP_STRICT = libc::SYS_seccomp, [Fixed(0), Fixed(0), Fixed(0)];
+    /// `socket(family, type, protocol)`.
+    SOCKET = libc::SYS_socket, [Int, Int, Int];
+    /// `kill(pid, signal)`.
+    KILL = libc::SYS_kill, [Int, Int];
     /// `shmget(key, size, flags)`.
     SHMGET = libc::SYS_shmget, [Int, Int, Int];
     /// `memfd_secret(flags)`.
@@ -266,14 +276,30 @@ impl Shape {
         let len = |bytes: &[u8]| c_long::try_from(bytes.len()).unwrap_or(c_long::MAX);
         match (self, argument) {
             (Shape::Int, Arg::Int(value)) => (*value as c_long, 0),
-            (Shape::Str | Shape::In(_) | Shape::Out(_), Arg::Null) => (0, 0),
+            (Shape::Str | Shape::In(_) | Shape::Out(_) | Shape::Zeroed(_), Arg::Null) => (0, 0),
             (Shape::Str, Arg::Str(text)) => (text.as_ptr() as c_long, 0),
             (Shape::In(min), Arg::In(bytes)) if bytes.len() >= min => (bytes.as_ptr() as c_long, len(bytes)),
             (Shape::Out(min), Arg::Out(bytes)) if bytes.len() >= min => {
                 (bytes.as_mut_ptr() as c_long, len(bytes))
             }
+            (Shape::Zeroed(min), Arg::Out(bytes)) if bytes.len() >= min => {
+                bytes.fill(0);
+                (bytes.as_mut_ptr() as c_long, len(bytes))
+            }
             (shape, argument) => panic!("{argument:?} where the table has {shape:?}"),
         }
+    }
+}
+
+/// Makes this process deaf to a signal.
+///
+/// # Errors
+/// Where the kernel knows no such signal, or lets nobody ignore it.
+pub fn ignore_signal(signal: i32) -> Result<(), Errno> {
+    // SAFETY: SIG_IGN installs no code of ours.
+    match unsafe { libc::signal(signal, libc::SIG_IGN) } {
+        libc::SIG_ERR => Err(Errno::last()),
+        _ => Ok(()),
     }
 }
 

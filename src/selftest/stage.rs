@@ -198,6 +198,24 @@ impl Stage<'_> {
         Ok(Running { build, stdout: Vec::new(), stderr: Vec::new() })
     }
 
+    /// The processes on the host that run this probe's attack, as "pid arguments".
+    pub fn processes(&self) -> Vec<String> {
+        let token = self.theatre.dir.file_name().unwrap_or_default().to_string_lossy();
+        let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+        entries
+            .filter_map(|entry| {
+                let arguments = std::fs::read(entry.path().join("cmdline")).ok()?;
+                let words: Vec<String> = arguments
+                    .split(|byte| *byte == 0)
+                    .map(|word| String::from_utf8_lossy(word).into_owned())
+                    .collect();
+                let ours =
+                    words.iter().any(|word| word == self.probe.id) && words.contains(&token.to_string());
+                ours.then(|| format!("{} {}", entry.file_name().display(), words.join(" ")))
+            })
+            .collect()
+    }
+
     /// Takes a file or a tree of the host into the store.
     ///
     /// # Errors

@@ -13,11 +13,10 @@ use cofferdam_sandbox::attack::{Arg, Call};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::{Mode as Bits, SFlag, makedev, mknod};
 use nix::unistd::{chdir, chroot, geteuid};
 
-use super::tools::{c_string, names, open_to_write, open_with};
+use super::tools::{c_string, names, nested, number, open_to_write, open_with};
 use crate::build::error::Fault;
 use crate::build::request::{Draft, SandboxPath};
 use crate::castore::{Directory, Node, Target};
@@ -152,12 +151,6 @@ fn own_root_only(_: &Act, findings: &mut Findings) {
     }
 }
 
-/// A user and a mount namespace below the sandbox's own. `None` where they are refused: then there is nothing to be done
-/// in them.
-fn nested() -> Option<()> {
-    unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS).ok()
-}
-
 fn double_chroot(_: &Act, findings: &mut Findings) {
     let outside = ["etc/shadow", "home", "var", "usr", "root"];
     let before: Vec<bool> = outside.iter().map(|path| Path::new("/").join(path).exists()).collect();
@@ -228,9 +221,7 @@ fn guessed_handles(_: &Act, findings: &mut Findings) {
     for inode in [1_u32, 2, 3, 64, 128, 256] {
         let mut handle = vec![0; 8 + 128];
         for (at, value) in [(0, 8_u32), (4, 1), (8, inode), (12, 0)] {
-            if let Some(bytes) = handle.get_mut(at..at + 4) {
-                bytes.copy_from_slice(&value.to_ne_bytes());
-            }
+            number(&mut handle, at, value);
         }
         for mount in ["/", "/build", "/nix/store", "/tmp", "/dev/null"] {
             use std::os::fd::AsRawFd;

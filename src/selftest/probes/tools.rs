@@ -11,7 +11,11 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::Mode;
+
+use crate::selftest::Outcome;
+use crate::selftest::stage::{Running, Stage};
 
 /// The names in a directory.
 pub fn names(dir: impl AsRef<Path>) -> io::Result<BTreeSet<String>> {
@@ -41,6 +45,19 @@ pub fn c_string(path: impl AsRef<OsStr>) -> CString {
     CString::new(path.as_ref().as_bytes()).unwrap_or_default()
 }
 
+/// Puts a number into bytes that stand for one of the kernel's structs. Where it has no room nothing is put.
+pub fn number(bytes: &mut [u8], at: usize, value: u32) {
+    if let Some(place) = bytes.get_mut(at..at + size_of_val(&value)) {
+        place.copy_from_slice(&value.to_ne_bytes());
+    }
+}
+
+/// A user and a mount namespace below the sandbox's own. `None` where they are refused: then there is nothing to be done
+/// in them.
+pub fn nested() -> Option<()> {
+    unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS).ok()
+}
+
 /// What an attacker says who holds on to something until its build is ended from outside.
 const HOLDING: &str = "holding";
 
@@ -63,4 +80,30 @@ pub async fn eventually(patience: Duration, mut there: impl FnMut() -> bool) -> 
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     true
+}
+
+/// Starts a build whose attack, in a role, ends in [`hold`], and waits until it does.
+///
+/// # Errors
+/// How the probe ends where the build does not get there.
+pub async fn holding(stage: &Stage<'_>, role: &str, arguments: &[&OsStr]) -> Result<Running, Outcome> {
+    let draft = stage.draft(role, arguments).map_err(|fault| Outcome::broken(fault.to_string()))?;
+    let build = stage.start(draft).await.map_err(|fault| Outcome::broken(fault.to_string()))?;
+    until_holding(build).await
+}
+
+/// Waits until a build that was started holds.
+///
+/// # Errors
+/// As [`holding`].
+pub async fn until_holding(mut build: Running) -> Result<Running, Outcome> {
+    match build.said(HOLDING).await {
+        Ok(()) => Ok(build),
+        Err(ended) => Err(ended.verdict().and(Outcome::broken(ended.describe()))),
+    }
+}
+
+/// Whether a build has ended that should not. It is ended then in any case.
+pub async fn ended(mut build: Running) -> bool {
+    tokio::time::timeout(Duration::from_millis(50), build.finish()).await.is_ok()
 }
