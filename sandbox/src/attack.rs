@@ -123,6 +123,8 @@ calls! {
     REQUEST_KEY = libc::SYS_request_key, [Str, Str, Str, Int];
     /// `keyctl(KEYCTL_GET_KEYRING_ID, keyring, create)`.
     KEYCTL_GET_KEYRING_ID = libc::SYS_keyctl, [Fixed(0), Int, Int];
+    /// `keyctl(KEYCTL_JOIN_SESSION_KEYRING, no name)`: a new one.
+    KEYCTL_JOIN_NEW_SESSION = libc::SYS_keyctl, [Fixed(1), Fixed(0)];
     /// `keyctl(KEYCTL_LINK, key, keyring)`.
     KEYCTL_LINK = libc::SYS_keyctl, [Fixed(8), Int, Int];
     /// `keyctl(KEYCTL_SEARCH, keyring, type, description, 0)`.

@@ -11,6 +11,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use cofferdam_sandbox::attack::Call;
 use nix::unistd::{Gid, setgroups, setresgid, setresuid};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
@@ -111,6 +112,9 @@ pub fn run(assignment: Assignment) -> io::Result<()> {
 fn set_up(assignment: Assignment) -> Result<(tokio::runtime::Runtime, Theatre), String> {
     let Assignment { mode, profile, dir } = assignment;
     let words = |error: &dyn std::fmt::Display| error.to_string();
+    // A session keyring of this worker's own, as a login gives one, so that there is one for builds to look for. Without
+    // it each thread that puts a key in would make one.
+    let _ = Call::KEYCTL_JOIN_NEW_SESSION.make(&mut []);
     let ground = Groundwork::lay(settings(&dir)).map_err(|error| words(&error))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use nix::unistd::{Gid, Uid};
 
 use super::battery::{COPY, Order, Reply, SHOWN};
-use super::left::{Scope, Snapshot, blind_spots, differences};
+use super::left::{Difference, Scope, Snapshot, blind_spots, differences};
 use super::mode::Become;
 use super::report::{ModeReport, ProbeReport};
 use super::{Company, DEADLINE, Mode, Outcome, Probe, Profile};
@@ -153,44 +153,49 @@ impl Session<'_> {
         Ok(left)
     }
 
-    /// Runs a batch. What is left after it, and again when it is repeated, is put down to the probe that leaves it alone
-    /// too; other programs of this host make differences as well.
+    /// Runs a batch. Other programs of this host make differences as well. So what is left counts if it is left again
+    /// when the batch is repeated; and it is put down to those probes that leave it twice when they run alone.
     fn batch(&mut self, batch: &[&'static Probe]) -> Result<Outcome, String> {
-        let (results, left) = self.compared(batch)?;
+        let (results, mut left) = self.compared(batch)?;
         for result in results {
             (self.progress)(&result);
             self.seen.push(result);
         }
-        if left.is_empty() {
-            return Ok(Outcome::Held);
+        if !left.is_empty() {
+            left = self.again(batch, &left)?;
         }
-        let (_, again) = self.compared(batch)?;
-        if again.is_empty() {
+        if left.is_empty() {
             return Ok(Outcome::Held);
         }
         let mut culprits = 0;
         for probe in batch {
-            let (_, alone) = self.compared(&[probe])?;
+            let mut alone = self.again(&[probe], &left)?;
+            if !alone.is_empty() {
+                alone = self.again(&[probe], &alone)?;
+            }
             if let Some(report) = self.seen.iter_mut().find(|report| report.id == probe.id)
                 && !alone.is_empty()
             {
                 culprits += 1;
                 let words = alone.iter().map(|thing| format!("left behind: {thing}")).collect();
-                report.outcome =
-                    std::mem::replace(&mut report.outcome, Outcome::Held).and(Outcome::Broken(words));
+                let outcome = std::mem::replace(&mut report.outcome, Outcome::Held);
+                report.outcome = outcome.and(Outcome::Broken(words));
             }
         }
         let ids: Vec<&str> = batch.iter().map(|probe| probe.id).collect();
-        Ok(match culprits {
-            0 => Outcome::Broken(
-                again.iter().map(|thing| format!("after {}: {thing}", ids.join(" "))).collect(),
-            ),
-            _ => Outcome::Held,
-        })
+        let together = || left.iter().map(|thing| format!("after {}: {thing}", ids.join(" ")));
+        Ok(if culprits == 0 { Outcome::Broken(together().collect()) } else { Outcome::Held })
+    }
+
+    /// Repeats probes, and yields what differs again, of the kinds that differed before.
+    fn again(&mut self, batch: &[&'static Probe], before: &[Difference]) -> Result<Vec<Difference>, String> {
+        let (_, mut left) = self.compared(batch)?;
+        left.retain(|thing| before.iter().any(|known| known.kind == thing.kind));
+        Ok(left)
     }
 
     /// Runs probes and yields what they came to, and how the host differs for good.
-    fn compared(&mut self, batch: &[&'static Probe]) -> Result<(Vec<ProbeReport>, Vec<String>), String> {
+    fn compared(&mut self, batch: &[&'static Probe]) -> Result<(Vec<ProbeReport>, Vec<Difference>), String> {
         let before = self.settled();
         let (results, canary) = self.order(batch)?;
         let deadline = Instant::now() + LEFT_PATIENCE;
@@ -202,7 +207,7 @@ impl Session<'_> {
             std::thread::sleep(Duration::from_millis(20));
         };
         if let Outcome::Broken(reasons) = canary {
-            left.extend(reasons);
+            left.extend(reasons.into_iter().map(|reason| Difference::new("canary build", reason)));
         }
         Ok((results, left))
     }

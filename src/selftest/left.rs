@@ -1,12 +1,16 @@
 //! What a build may not leave: the host before and after, seen by a process in none of the worker's namespaces.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::fs;
 use std::io::Read;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use crate::castore::Digest;
+
+/// What the names of keys and sockets that the probes make contain.
+pub const MARK: &str = "cofferdam-selftest";
 
 /// How much more memory the worker may hold than before, in KiB.
 const MEMORY_SLACK_KIB: u64 = 16 * 1024;
@@ -41,11 +45,13 @@ const CANARIES: [&str; 22] = [
 ];
 
 /// Kinds of things that builds have while they run: that one is gone is as it should be.
-const TRANSIENT: [&str; 4] = [PROCESS, CONNECTION, BUILD, GROUP];
+const TRANSIENT: [&str; 6] = [PROCESS, CONNECTION, BUILD, GROUP, KEY, SOCKET];
 const PROCESS: &str = "process";
 const CONNECTION: &str = "FUSE connection";
 const BUILD: &str = "directory of a build";
 const GROUP: &str = "control group";
+const KEY: &str = "key";
+const SOCKET: &str = "unix socket";
 
 /// What is looked at.
 #[derive(Clone, Debug)]
@@ -86,9 +92,9 @@ impl Scope {
             (CONNECTION, names("/sys/fs/fuse/connections")),
             (BUILD, names(self.state.join("builds"))),
             (GROUP, self.control_groups()),
-            ("key", keys()),
+            (KEY, keys()),
             ("System V object", system_v()),
-            ("unix socket", unix_sockets()),
+            (SOCKET, unix_sockets()),
             ("canary file", self.canaries()),
         ];
         Snapshot {
@@ -166,14 +172,37 @@ impl Scope {
     }
 }
 
-/// What differs, in words; nothing where there is no difference that counts.
-pub fn differences(before: &Snapshot, after: &Snapshot) -> Vec<String> {
+/// Something that differs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Difference {
+    /// The kind of thing.
+    pub kind: &'static str,
+    words: String,
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.words)
+    }
+}
+
+impl Difference {
+    /// One of a kind, in words.
+    pub fn new(kind: &'static str, words: impl Into<String>) -> Self {
+        Self { kind, words: words.into() }
+    }
+}
+
+/// What differs; nothing where there is no difference that counts.
+pub fn differences(before: &Snapshot, after: &Snapshot) -> Vec<Difference> {
     let mut all = Vec::new();
     for (kind, now) in &after.things {
         let Some(then) = before.things.get(kind) else { continue };
-        all.extend(now.difference(then).map(|thing| format!("new {kind}: {thing}")));
+        all.extend(now.difference(then).map(|thing| Difference::new(kind, format!("new {kind}: {thing}"))));
         if !TRANSIENT.contains(kind) {
-            all.extend(then.difference(now).map(|thing| format!("{kind} gone: {thing}")));
+            all.extend(
+                then.difference(now).map(|thing| Difference::new(kind, format!("{kind} gone: {thing}"))),
+            );
         }
     }
     for (what, then, now) in [
@@ -182,11 +211,12 @@ pub fn differences(before: &Snapshot, after: &Snapshot) -> Vec<String> {
     ] {
         // Fewer is as it should be: what was warmed up may have cooled.
         if now > then {
-            all.push(format!("{what}: {now}, before {then}"));
+            all.push(Difference::new(what, format!("{what}: {now}, before {then}")));
         }
     }
     if after.memory_kib > before.memory_kib + MEMORY_SLACK_KIB {
-        all.push(format!("memory of the worker: {} KiB, before {}", after.memory_kib, before.memory_kib));
+        let (now, then) = (after.memory_kib, before.memory_kib);
+        all.push(Difference::new("memory", format!("memory of the worker: {now} KiB, before {then}")));
     }
     all
 }
@@ -232,14 +262,14 @@ fn describe_file(path: &Path) -> String {
     format!("{name}: {mode:o} {uid}:{gid} {holds}")
 }
 
-/// Keys with their descriptions, without what changes by itself.
+/// Keys of the probes, without what changes by itself. Other programs of the host have keys, too.
 fn keys() -> BTreeSet<String> {
     let line = |line: String| {
         let fields: Vec<&str> = line.split_whitespace().collect();
         let (serial, owner, rest) = (fields.first()?, fields.get(5)?, fields.get(7..)?);
         Some(format!("{serial} of {owner}: {}", rest.join(" ").split(':').next().unwrap_or_default()))
     };
-    lines("/proc/keys").filter_map(line).collect()
+    lines("/proc/keys").filter_map(line).filter(|key| key.contains(MARK)).collect()
 }
 
 fn system_v() -> BTreeSet<String> {
@@ -253,7 +283,7 @@ fn system_v() -> BTreeSet<String> {
     ["shm", "sem", "msg"].into_iter().flat_map(objects).collect()
 }
 
-/// Those that have a name.
+/// Those of the probes that have a name.
 fn unix_sockets() -> BTreeSet<String> {
     lines("/proc/net/unix")
         .skip(1)

@@ -527,8 +527,11 @@ fn kinds_of_sockets(act: &Act, findings: &mut Findings) {
 async fn uninvited(stage: &Stage<'_>) -> Outcome {
     let (request, state) =
         (stage.theatre.dir.join("request.json"), stage.theatre.dir.join("uninvited-state"));
-    let json = r#"{"commandArgs":["/nonexistent"],"workingDir":"build","scratchPaths":["build"],"inputsDir":"nix/store",
-                   "constraints":{"networkAccess":true}}"#;
+    let json = format!(
+        r#"{{"commandArgs":["/nonexistent"],"workingDir":"build","scratchPaths":["build"],"inputsDir":"nix/store",
+             "constraints":{{"networkAccess":true,"system":"{}-linux"}}}}"#,
+        std::env::consts::ARCH
+    );
     if let Err(error) = fs::write(&request, json) {
         return Outcome::broken(format!("can't write the request: {error}"));
     }

@@ -363,11 +363,21 @@ fn nested_namespaces(act: &Act, findings: &mut Findings) {
     }
 }
 
+/// The time of day as clock_settime takes it: should it be let, it changes next to nothing.
+fn timespec_of_now() -> [u8; 16] {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&now.as_secs().to_ne_bytes());
+    bytes[8..].copy_from_slice(&u64::from(now.subsec_nanos()).to_ne_bytes());
+    bytes
+}
+
 fn the_whole_machine(_: &Act, findings: &mut Findings) {
     let refusals = [Errno::EPERM, Errno::ENOSYS, Errno::EACCES];
     let s = |text: &'static CStr| Arg::Str(text);
     let int = Arg::Int;
     let priority = 1_u32.to_ne_bytes();
+    let now = timespec_of_now();
     let mut log = [0; 64];
     let mut quota = [0; 256];
     let calls: Vec<(&str, Call, Vec<Arg<'_>>)> = vec![
@@ -380,7 +390,7 @@ fn the_whole_machine(_: &Act, findings: &mut Findings) {
         ("swapoff", Call::SWAPOFF, vec![s(c"/build/swap")]),
         ("acct", Call::ACCT, vec![s(c"/build/acct")]),
         ("settimeofday", Call::SETTIMEOFDAY, vec![Arg::In(&[0; 8])]),
-        ("clock_settime", Call::CLOCK_SETTIME, vec![int(0), Arg::In(&[1; 16])]),
+        ("clock_settime", Call::CLOCK_SETTIME, vec![int(0), Arg::In(&now)]),
         ("syslog", Call::SYSLOG, vec![int(5), Arg::Out(&mut log)]),
         ("sethostname", Call::SETHOSTNAME, vec![Arg::In(b"attacked")]),
         ("setpriority", Call::SETPRIORITY, vec![int(0), int(0), int(-20)]),
