@@ -285,10 +285,8 @@ fn system_v() -> BTreeSet<String> {
 
 /// Those of the probes that have a name.
 fn unix_sockets() -> BTreeSet<String> {
-    lines("/proc/net/unix")
-        .skip(1)
-        .filter_map(|line| line.split_whitespace().nth(7).map(str::to_owned))
-        .collect()
+    let names = lines("/proc/net/unix").filter_map(|line| line.split_whitespace().nth(7).map(str::to_owned));
+    names.filter(|name| name.contains(MARK)).collect()
 }
 
 /// The number after a name, in files like `/proc/PID/status`.

@@ -228,6 +228,9 @@ fn contents(stage: &Stage<'_>, digest: &Digest) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
+/// When everything is stopped: after the command has ended, or has said that it holds.
+const STOP_AFTER: Duration = Duration::from_millis(500);
+
 fn hide(act: &Act, findings: &mut Findings) {
     match act.role.as_str() {
         "hidden" => {
@@ -242,6 +245,7 @@ fn hide(act: &Act, findings: &mut Findings) {
         }
         "grandchild" => {
             let _ = setsid();
+            std::thread::sleep(STOP_AFTER);
             // All but itself, and the first process, which can't be stopped from within.
             let _ = kill(Pid::from_raw(-1), Signal::SIGSTOP);
             hold();
@@ -268,6 +272,7 @@ async fn end_the_hidden(stage: &Stage<'_>) -> Outcome {
     findings.check(vanish().await, format_args!("after the end there are still {:?}", stage.processes()));
     match holding(stage, "stay", &[] as &[&OsStr]).await {
         Ok(build) => {
+            tokio::time::sleep(STOP_AFTER * 2).await;
             drop(build);
             let gone = vanish().await;
             findings

@@ -253,6 +253,12 @@ fn in_masked_container(act: &Act, findings: &mut Findings) {
         return findings
             .not_applicable(format!("no user namespace can be made here to play the container in: {errno}"));
     }
+    let mapped = fs::write("/proc/self/setgroups", "deny")
+        .and_then(|()| fs::write("/proc/self/uid_map", "0 0 1"))
+        .and_then(|()| fs::write("/proc/self/gid_map", "0 0 1"));
+    if findings.works("map ids", mapped).is_none() {
+        return;
+    }
     let none: Option<&str> = None;
     let masked = mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
         .and_then(|()| mount(Some("/dev/null"), "/proc/version", none, MsFlags::MS_BIND, none));
