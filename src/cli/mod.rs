@@ -2,6 +2,7 @@
 
 pub mod build;
 pub mod daemon;
+mod isolation;
 pub mod probe;
 mod render;
 pub mod run;

@@ -21,6 +21,7 @@ use super::stage::{self, Stage, Theatre};
 use super::{DEADLINE, Mode, Outcome, Play, Probe, Profile, find};
 use crate::castore::Node;
 use crate::config::{Lifetime, NetworkPolicy, Settings};
+use crate::isolation::Demand;
 use crate::worker::Groundwork;
 
 /// The worker's state directory, in the battery's.
@@ -115,7 +116,7 @@ fn set_up(assignment: Assignment) -> Result<(tokio::runtime::Runtime, Theatre), 
     // A session keyring of this worker's own, as a login gives one, so that there is one for builds to look for. Without
     // it each thread that puts a key in would make one.
     let _ = Call::KEYCTL_JOIN_NEW_SESSION.make(&mut []);
-    let ground = Groundwork::lay(settings(&dir)).map_err(|error| words(&error))?;
+    let ground = Groundwork::lay(settings(&dir, mode)).map_err(|error| words(&error))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_keep_alive(THREAD_KEEP_ALIVE)
@@ -133,12 +134,17 @@ fn set_up(assignment: Assignment) -> Result<(tokio::runtime::Runtime, Theatre), 
     Ok((runtime, Theatre { worker, mode, profile, dir, program }))
 }
 
-fn settings(dir: &Path) -> Settings {
+fn settings(dir: &Path, mode: Mode) -> Settings {
     let mut settings = Settings::new(dir.join(STATE), Lifetime::Ephemeral);
     // Twice: a probe with two builds must not wait for another one.
     settings.max_builds = NonZeroUsize::MIN.saturating_add(2 * PROBES_AT_ONCE);
     settings.allowed_host_paths = vec![dir.join(SHOWN)];
     settings.network = NetworkPolicy::Host;
+    // A mode that is not what it is called must not be run under its name.
+    settings.isolation.ids = match mode {
+        Mode::Root | Mode::Range => Demand::Required,
+        Mode::Single => Demand::Off,
+    };
     settings
 }
 

@@ -266,10 +266,12 @@ impl Battery {
         let mut command = Command::new(&program);
         command.arg("battery").arg("--dir").arg(dir);
         command.args(["--mode", plan.mode.name(), "--profile", plan.profile.name()]);
-        // Only root can give groups.
-        if Uid::effective().is_root() {
+        let grouped = dir.join(SHOWN).join(GROUP_FILE).exists();
+        if grouped || plan.user.is_some() {
             let user = plan.user.unwrap_or(Become { uid: Uid::effective(), gid: Gid::effective() });
             command.arg("--user").arg(format!("{}:{}", user.uid, user.gid));
+        }
+        if grouped {
             command.arg("--group").arg(CANARY_GROUP.to_string());
         }
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -393,10 +395,14 @@ impl Directory {
         to.set_permissions(Permissions::from_mode(0o755)).map_err(cannot("open", copy.display()))
     }
 
+    /// A file that the worker may read by its group alone. Only root can give groups, and not in a container that has
+    /// few: then there is none.
     fn place_group_file(&self, shown: &Path) -> Result<(), HostError> {
         let file = shown.join(GROUP_FILE);
         fs::write(&file, "for the group alone\n").map_err(cannot("write", file.display()))?;
-        chown(&file, None, Some(CANARY_GROUP)).map_err(cannot("give away", file.display()))?;
+        if chown(&file, None, Some(CANARY_GROUP)).is_err() {
+            return fs::remove_file(&file).map_err(cannot("remove", file.display()));
+        }
         fs::set_permissions(&file, Permissions::from_mode(0o640)).map_err(cannot("close", file.display()))
     }
 }

@@ -96,7 +96,8 @@ fn user_for(mode: Mode, own: Mode) -> Result<Option<Become>, String> {
                                  installed (Debian: uidmap, Fedora: shadow-utils)"
                 .into())
         }
-        (Mode::Single, _) => Err("this user has a range of subordinate ids; run it as one without".into()),
+        // A user with a range can do without.
+        (Mode::Single, _) => Ok(None),
     }
 }
 

@@ -585,6 +585,14 @@ fn overlay_tricks(_: &Act, findings: &mut Findings) {
             &[Errno::ENOENT],
         );
     }
+    for up in ["/..", "/../..", "/nix/store/..", "/build/.."] {
+        let seen = names(up).unwrap_or_default();
+        let layers: Vec<&String> = seen
+            .iter()
+            .filter(|name| ["upper", "work", "lower", "scratch"].contains(&name.as_str()))
+            .collect();
+        findings.check(layers.is_empty(), format_args!("{up} shows the layers {layers:?}"));
+    }
     let input = store.join(TREE);
     findings.fails("rename an input's file", fs::rename(input.join("file"), input.join("other")));
     findings.fails("rename a file into an input", fs::rename(store.join("mine"), input.join("mine")));
