@@ -154,11 +154,19 @@ impl Groundwork {
     /// # Errors
     /// Where one of them can't be had.
     pub fn build(self) -> Result<Worker, WorkerStartError> {
+        self.build_over(|store| store)
+    }
+
+    /// The same with another store over that of the state directory, which `over` is given.
+    ///
+    /// # Errors
+    /// As [`Groundwork::build`].
+    pub fn build_over(self, over: impl FnOnce(Store) -> Store) -> Result<Worker, WorkerStartError> {
         let Self { mut settings, identity, spawner, state, claim } = self;
         if let Some(slots) = identity.slots().and_then(|slots| NonZeroUsize::new(slots as usize)) {
             settings.max_builds = settings.max_builds.min(slots);
         }
-        let store = LocalStore::open_for(&state.store(), settings.lifetime)?.store();
+        let store = over(LocalStore::open_for(&state.store(), settings.lifetime)?.store());
         let at = state.view();
         state.subdirectory(&at)?;
         let cpus = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);

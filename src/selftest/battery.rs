@@ -16,6 +16,7 @@ use nix::unistd::{Gid, setgroups, setresgid, setresuid};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 
+use super::faults::Faults;
 use super::mode::Become;
 use super::stage::{self, Stage, Theatre};
 use super::{DEADLINE, Mode, Outcome, Play, Probe, Profile, find};
@@ -124,14 +125,15 @@ fn set_up(assignment: Assignment) -> Result<(tokio::runtime::Runtime, Theatre), 
         .map_err(|error| format!("can't start threads: {error}"))?;
     // The worker's parts look for the executor.
     let within = runtime.enter();
-    let worker = ground.build().map_err(|error| words(&error))?;
+    let faults = Arc::new(Faults::default());
+    let worker = ground.build_over(|store| faults.over(store)).map_err(|error| words(&error))?;
     drop(within);
     let program = stage::ingest(&worker, &dir.join(COPY)).map_err(|error| words(&error))?;
     let program = match program {
         Node::File { digest, size, .. } => Node::File { digest, size, executable: true },
         other => other,
     };
-    Ok((runtime, Theatre { worker, mode, profile, dir, program }))
+    Ok((runtime, Theatre { worker, mode, profile, dir, program, faults }))
 }
 
 fn settings(dir: &Path, mode: Mode) -> Settings {

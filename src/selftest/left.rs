@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs;
 use std::io::Read;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -99,7 +100,7 @@ impl Scope {
         ];
         Snapshot {
             things: things.into(),
-            open_files: names(format!("/proc/{}/fd", self.pid)).len() as u64,
+            open_files: self.open_files(),
             threads: field(&status, "Threads:"),
             memory_kib: field(&status, "RssAnon:"),
         }
@@ -138,6 +139,16 @@ impl Scope {
         };
         let ours = parents.keys().filter(|pid| marked.contains(pid) || descends(**pid));
         ours.filter(|pid| **pid != std::process::id()).map(|pid| describe_process(*pid)).collect()
+    }
+
+    /// How many, but for blobs: the view keeps a bounded number of those that were read last.
+    fn open_files(&self) -> u64 {
+        let entries = fs::read_dir(format!("/proc/{}/fd", self.pid)).into_iter().flatten().flatten();
+        let links = entries.map(|entry| fs::read_link(entry.path()).unwrap_or_default());
+        let blobs = Path::new(super::battery::STATE).join("store/blobs");
+        let others =
+            links.filter(|link| !contains(link.as_os_str().as_bytes(), blobs.as_os_str().as_bytes()));
+        others.count() as u64
     }
 
     /// Groups below those that the battery is in.

@@ -14,6 +14,7 @@
 //! process that is in none of the worker's namespaces ([`left`]).
 
 pub mod battery;
+pub mod faults;
 pub mod findings;
 pub mod host;
 pub mod left;

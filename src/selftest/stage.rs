@@ -4,7 +4,9 @@ use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use super::faults::Faults;
 use super::{Findings, Mode, Outcome, Play, Probe, Profile};
 use crate::build::error::Failure;
 use crate::build::events::{Event, LogStream, Output};
@@ -36,6 +38,8 @@ pub struct Theatre {
     pub dir: PathBuf,
     /// This program, in the store.
     pub program: Node,
+    /// What is wrong with blobs of the worker's store: nothing, unless a probe says so.
+    pub faults: Arc<Faults>,
 }
 
 impl Theatre {

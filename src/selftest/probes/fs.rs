@@ -14,6 +14,7 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode as Bits, SFlag, makedev, mknod};
+use nix::sys::statfs::{PROC_SUPER_MAGIC, statfs};
 use nix::unistd::{chdir, chroot, geteuid};
 
 use super::tools::{c_string, names, nested, number, open_to_write, open_with};
@@ -388,9 +389,8 @@ fn with_false_proc(stage: &Stage<'_>, draft: &mut Draft) -> Result<(), Outcome> 
 }
 
 fn true_proc(_: &Act, findings: &mut Findings) {
-    const PROC_SUPER_MAGIC: i64 = 0x9fa0;
-    if let Some(found) = findings.works("statfs /proc", nix::sys::statfs::statfs("/proc")) {
-        findings.same("type of /proc", i64::from(found.filesystem_type().0), PROC_SUPER_MAGIC);
+    if let Some(found) = findings.works("statfs /proc", statfs("/proc")) {
+        findings.same("type of /proc", found.filesystem_type(), PROC_SUPER_MAGIC);
     }
     let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
     findings

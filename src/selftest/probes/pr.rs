@@ -22,8 +22,10 @@ use nix::unistd::{Pid, getpid, getsid, isatty, setsid};
 
 use super::tools::{eventually, field, hold, holding, names};
 use crate::build::events::Output;
+use crate::build::request::Draft;
 use crate::castore::{Digest, Node};
-use crate::selftest::stage::{End, Ended, Stage, path};
+use crate::selftest::faults::Fault;
+use crate::selftest::stage::{End, Ended, Stage, name, path};
 use crate::selftest::{Act, Company, Findings, Outcome, Play, Probe, Profile, Weight};
 
 pub(super) const PROBES: &[Probe] = &[
@@ -88,6 +90,14 @@ pub(super) const PROBES: &[Probe] = &[
             findings.check(true, "");
         },
         play: Play::Script(|stage| Box::pin(among_threads(stage))),
+    },
+    Probe {
+        id: "PR-10",
+        promise: "a build that waits for a store that does not answer can be cancelled all the same",
+        weight: Weight::Required,
+        company: Company::Alone,
+        attack: wait_for_store,
+        play: Play::Script(|stage| Box::pin(stalled_store(stage))),
     },
     Probe {
         id: "PR-11",
@@ -427,6 +437,49 @@ async fn among_threads(stage: &Stage<'_>) -> Outcome {
         outcome = stage.act("", &[]) => outcome,
         () = comings_and_goings => Outcome::broken("unreachable"),
     }
+}
+
+const STALLED: &str = "stalled-input";
+
+fn wait_for_store(_: &Act, findings: &mut Findings) {
+    println!("holding");
+    let read = fs::read(Path::new("/nix/store").join(STALLED));
+    findings.check(false, format_args!("the read was answered: {:?}", read.map(|bytes| bytes.len())));
+}
+
+async fn stalled_store(stage: &Stage<'_>) -> Outcome {
+    // Contents that no one has read before, so that no cache has them.
+    let file = stage.theatre.dir.join(STALLED);
+    let ingested = fs::write(&file, format!("{:?}", Instant::now())).map_err(|error| error.to_string());
+    let ingested = ingested.and_then(|()| stage.ingest(&file).map_err(|error| error.to_string()));
+    let _ = fs::remove_file(&file);
+    let (node, digest) = match ingested {
+        Ok(node @ Node::File { digest, .. }) => (node, digest),
+        other => return Outcome::broken(format!("can't put a file into the store: {other:?}")),
+    };
+    let Ok(mut draft) = stage.draft("", &[]) else { return Outcome::broken("no request") };
+    draft.inputs.insert(name(STALLED), node);
+    stage.theatre.faults.set(digest, Fault::Stalls);
+    let outcome = cancel_in_read(stage, draft).await;
+    stage.theatre.faults.heal(&digest);
+    outcome
+}
+
+async fn cancel_in_read(stage: &Stage<'_>, draft: Draft) -> Outcome {
+    let mut build = match stage.start(draft).await {
+        Ok(build) => build,
+        Err(fault) => return Outcome::broken(fault.to_string()),
+    };
+    if let Err(ended) = build.said("holding").await {
+        return Outcome::broken(ended.describe());
+    }
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let mut findings = Findings::default();
+    findings.check(!stage.processes().is_empty(), "the build did not wait for the store");
+    drop(build);
+    let gone = eventually(AT_ONCE, || stage.processes().is_empty()).await;
+    findings.check(gone, format_args!("cancelled {AT_ONCE:?} ago, and still there: {:?}", stage.processes()));
+    findings.outcome()
 }
 
 async fn not_executable(stage: &Stage<'_>) -> Outcome {
