@@ -19,6 +19,8 @@ pub struct Settings {
     pub allowed_host_paths: Vec<PathBuf>,
     /// Whether builds may use the host's network, if they ask.
     pub network: NetworkPolicy,
+    /// Whether inputs are shown through FUSE or as copies.
+    pub fuse: Demand,
     /// The program that is `/bin/sh` for builds that ask for one; it must be statically linked.
     pub shell: Option<PathBuf>,
 }
@@ -30,6 +32,17 @@ pub enum Lifetime {
     Lasting,
     /// It goes with the worker.
     Ephemeral,
+}
+
+/// How much is made of something that a machine may lack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Demand {
+    /// Without it there are no builds.
+    Required,
+    /// Without it there is a warning.
+    Preferred,
+    /// It is not used.
+    Off,
 }
 
 /// Whether builds may use the host's network.
@@ -54,6 +67,7 @@ impl Settings {
             max_waiting: MAX_WAITING,
             allowed_host_paths: Vec::new(),
             network: NetworkPolicy::Refused,
+            fuse: Demand::Preferred,
             shell: None,
         }
     }

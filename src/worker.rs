@@ -18,7 +18,9 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use crate::build::{Builder, ScratchError};
 use crate::castore::{LocalStore, Store, StoreError};
 use crate::config::{Lifetime, Settings};
-use crate::view::{View, ViewError};
+use crate::inputs::copies::{Copies, CopyError};
+use crate::inputs::{Inputs, NoView};
+use crate::view::View;
 
 /// The file by which a state directory is known and locked.
 const LOCK: &str = "cofferdam.lock";
@@ -101,9 +103,12 @@ pub enum WorkerStartError {
     /// There is no store.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// There is no view.
+    /// There is no view, and nothing else will do.
     #[error(transparent)]
-    View(#[from] ViewError),
+    View(#[from] NoView),
+    /// There is no place for copies of inputs.
+    #[error(transparent)]
+    Copies(#[from] CopyError),
     /// There is no scratch space.
     #[error(transparent)]
     Scratch(#[from] ScratchError),
@@ -130,18 +135,17 @@ impl Groundwork {
                  (give the user ranges in /etc/subuid and /etc/subgid)"
             );
         }
-        let tree = match settings.lifetime {
-            Lifetime::Lasting => state.builds(),
-            Lifetime::Ephemeral => state.path.clone(),
+        let trees = match settings.lifetime {
+            Lifetime::Lasting => vec![state.builds(), state.copies()],
+            Lifetime::Ephemeral => vec![state.path.clone()],
         };
         // The spawner, too, takes some for each sandbox.
         raise_descriptor_limit();
-        let spawner =
-            Spawner::start(&Leftovers { mounts: vec![state.view()], trees: vec![tree] }, state.lock.as_fd())?;
+        let spawner = Spawner::start(&Leftovers { mounts: vec![state.view()], trees }, state.lock.as_fd())?;
         Ok(Self { settings, identity, spawner, state, claim })
     }
 
-    /// Opens the store, mounts the view, and puts the builder over them.
+    /// Opens the store, mounts the view or does without, and puts the builder over them.
     ///
     /// # Errors
     /// Where one of them can't be had.
@@ -155,8 +159,11 @@ impl Groundwork {
         state.subdirectory(&at)?;
         let cpus = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
         let threads = cpus.saturating_mul(NonZeroUsize::new(VIEW_THREADS_PER_CPU).unwrap_or(cpus));
-        let view = View::mount(store.clone(), &at, identity.inputs_owner(), threads)?;
-        let builder = Builder::new(settings, identity, spawner, store.clone(), view, &state.builds())?;
+        let view = || View::mount(store.clone(), &at, identity.inputs_owner(), threads);
+        // Opened whether they are used or not: the last worker may have used them, and left some in a crash.
+        let copies = Copies::open(store.clone(), &state.copies(), identity.copies_owner())?;
+        let inputs = Inputs::choose(settings.fuse, view, copies)?;
+        let builder = Builder::new(settings, identity, spawner, store.clone(), inputs, &state.builds())?;
         Ok(Worker { store, builder, _state: state, _claim: claim })
     }
 }
@@ -238,6 +245,11 @@ impl StateDir {
     /// Where the directories of builds lie.
     fn builds(&self) -> PathBuf {
         self.path.join("builds")
+    }
+
+    /// Where inputs are copied to.
+    fn copies(&self) -> PathBuf {
+        self.path.join("copies")
     }
 
     /// Where the view is mounted.

@@ -12,7 +12,7 @@ use clap::Args;
 use nix::unistd::{AccessFlags, eaccess};
 
 use super::render::{End, Format};
-use super::{Failed, Signals, build, cannot, path_parser, remark, runtime, store};
+use super::{Failed, IsolationArgs, Signals, build, cannot, path_parser, remark, runtime, store};
 use crate::build::events::Output;
 use crate::build::request::{Constraints, Draft, InvalidRequest, Network, Request, SandboxPath, Shell};
 use crate::castore::{Directory, Name, Node, Store};
@@ -73,6 +73,8 @@ pub struct RunArgs {
     /// /var/tmp]
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
+    #[command(flatten)]
+    isolation: IsolationArgs,
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<OsString>,
@@ -93,6 +95,7 @@ pub fn run(args: RunArgs) -> Result<u8, Failed> {
     settings.max_builds = NonZeroUsize::MIN;
     settings.allowed_host_paths = wanted.draft.constraints.ro_paths.clone();
     settings.network = NetworkPolicy::Host;
+    wanted.isolation.apply(&mut settings);
     let ground = Groundwork::lay(settings)?;
     let runtime = runtime()?;
     let worker = ground.build()?;
@@ -136,6 +139,7 @@ struct Wanted {
     outputs: Vec<Name>,
     out_dir: PathBuf,
     state_dir: Option<PathBuf>,
+    isolation: IsolationArgs,
     format: Format,
     /// The request but for its inputs.
     draft: Draft,
@@ -181,6 +185,7 @@ impl Wanted {
             outputs,
             out_dir: args.out_dir,
             state_dir: args.state_dir,
+            isolation: args.isolation,
             format: if args.json { Format::Json } else { Format::Plain },
         })
     }
