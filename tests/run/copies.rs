@@ -332,9 +332,12 @@ fn leftovers_of_a_crash_are_swept(case: &Case) {
     case.make_dir("state/copies/0123/tree");
     case.write("state/copies/0123/tree/file", "x");
     case.link("state/copies/link", "../../kept");
-    // Also by a worker that makes no copies, if it can.
-    case.run(&["--state-dir", "state"], "true").code(0);
+    // At the start, and also by a worker that makes no copies, if it can.
+    let mut running = Running::start(case.run_command(&["--state-dir", "state"], "echo ready; sleep 60"));
+    running.wait_for("ready");
     assert!(names(&case.path("state/copies")).is_empty());
+    running.signal(Signal::SIGTERM);
+    running.finish().code(143);
     assert_eq!(case.read("kept/file"), b"kept");
 }
 
