@@ -87,15 +87,14 @@ impl Copies {
         Ok(Self { store, owner, root: Arc::new(root), path: path.into() })
     }
 
-    /// To be called when they are what builds will see.
-    pub fn in_use(self) -> Self {
+    /// Warns where programs among the inputs can't be executed. To be called where builds will see copies.
+    pub fn warn_of_noexec(&self) {
         if fstatvfs(&*self.root).is_ok_and(|found| found.flags().contains(FsFlags::ST_NOEXEC)) {
             tracing::warn!(
                 "{} is mounted noexec: builds can't execute programs of their inputs (choose another --state-dir)",
                 self.path.display()
             );
         }
-        self
     }
 
     /// Lays `inputs` out in a new directory for the build called `build_id`, unless `cancel` turns true on the way.

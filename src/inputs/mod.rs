@@ -23,7 +23,23 @@ pub enum Inputs {
     /// Through FUSE.
     View(View),
     /// As files on disk.
-    Copies(Copies),
+    Copies {
+        /// Where they are laid out.
+        copies: Copies,
+        /// Why they are not shown through FUSE.
+        why: Why,
+    },
+}
+
+/// Why inputs are copied.
+#[derive(Debug, thiserror::Error)]
+pub enum Why {
+    /// It was chosen.
+    #[error("FUSE is turned off")]
+    Chosen,
+    /// There was no view to be had.
+    #[error("for want of FUSE: {0}")]
+    NoView(ViewError),
 }
 
 /// The inputs of one build. Dropping it takes them away, which may block.
@@ -66,15 +82,21 @@ impl Inputs {
     ) -> Result<Self, NoView> {
         match demand {
             Demand::Required => Ok(Self::View(view()?)),
-            Demand::Off => Ok(Self::Copies(copies.in_use())),
+            Demand::Off => Ok(Self::copied(copies, Why::Chosen)),
             Demand::Preferred => Ok(match view() {
                 Ok(view) => Self::View(view),
-                Err(error) => {
-                    tracing::warn!("inputs are copied for each build, for want of FUSE: {error}");
-                    Self::Copies(copies.in_use())
-                }
+                Err(error) => Self::copied(copies, Why::NoView(error)),
             }),
         }
+    }
+
+    fn copied(copies: Copies, why: Why) -> Self {
+        match &why {
+            Why::Chosen => tracing::debug!("inputs are copied for each build: {why}"),
+            Why::NoView(_) => tracing::warn!("inputs are copied for each build, {why}"),
+        }
+        copies.warn_of_noexec();
+        Self::Copies { copies, why }
     }
 
     /// Shows `inputs` to the build called `build_id`. Blocks while they are copied, unless `cancel` turns true.
@@ -89,7 +111,7 @@ impl Inputs {
     ) -> Result<Shown, ShowError> {
         match self {
             Self::View(view) => Ok(Shown::Viewed(view.expose(build_id, inputs.clone())?)),
-            Self::Copies(copies) => match copies.lay_out(build_id, inputs, cancel) {
+            Self::Copies { copies, .. } => match copies.lay_out(build_id, inputs, cancel) {
                 Ok(copied) => Ok(Shown::Copied(copied)),
                 Err(error) if error.is_cancelled() => Err(ShowError::Cancelled),
                 Err(error) => Err(ShowError::Copies(error)),
