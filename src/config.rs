@@ -4,6 +4,8 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
+use crate::isolation::Demands;
+
 /// Everything about a worker that can be chosen.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -19,10 +21,10 @@ pub struct Settings {
     pub allowed_host_paths: Vec<PathBuf>,
     /// Whether builds may use the host's network, if they ask.
     pub network: NetworkPolicy,
-    /// Whether inputs are shown through FUSE or as copies.
-    pub fuse: Demand,
     /// The program that is `/bin/sh` for builds that ask for one; it must be statically linked.
     pub shell: Option<PathBuf>,
+    /// What is demanded of the sandbox.
+    pub isolation: Demands,
 }
 
 /// What becomes of a state directory.
@@ -32,17 +34,6 @@ pub enum Lifetime {
     Lasting,
     /// It goes with the worker.
     Ephemeral,
-}
-
-/// How much is made of something that a machine may lack.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Demand {
-    /// Without it there are no builds.
-    Required,
-    /// Without it there is a warning.
-    Preferred,
-    /// It is not used.
-    Off,
 }
 
 /// Whether builds may use the host's network.
@@ -67,23 +58,25 @@ impl Settings {
             max_waiting: MAX_WAITING,
             allowed_host_paths: Vec::new(),
             network: NetworkPolicy::Refused,
-            fuse: Demand::Preferred,
             shell: None,
+            isolation: Demands::default(),
         }
     }
 
-    /// Whether builds may see the host's `path`: it lies under an allowed one as it is written, and also where symbolic
-    /// links lead, so that nobody who may write there can lead elsewhere.
+    /// Where the host's `path` lies, free of symbolic links, if builds may see it: it must lie under an allowed one as it
+    /// is written, and also where links lead, so that nobody who may write there can lead elsewhere. `None`: they may not.
     ///
     /// # Errors
     /// Where the path can't be looked up.
-    pub fn allows(&self, path: &Path) -> io::Result<bool> {
+    pub fn resolve_host_path(&self, path: &Path) -> io::Result<Option<PathBuf>> {
         let mut under = self.allowed_host_paths.iter().filter(|allowed| path.starts_with(allowed)).peekable();
         if under.peek().is_none() {
-            return Ok(false);
+            return Ok(None);
         }
         let real = path.canonicalize()?;
-        Ok(under.any(|allowed| allowed.canonicalize().is_ok_and(|allowed| real.starts_with(allowed))))
+        let allowed =
+            under.any(|allowed| allowed.canonicalize().is_ok_and(|allowed| real.starts_with(allowed)));
+        Ok(allowed.then_some(real))
     }
 }
 

@@ -10,6 +10,7 @@ pub mod castore;
 pub mod cli;
 pub mod config;
 pub mod inputs;
+pub mod isolation;
 mod lock;
 mod recent;
 pub mod refscan;

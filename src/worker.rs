@@ -18,8 +18,9 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use crate::build::{Builder, ScratchError};
 use crate::castore::{LocalStore, Store, StoreError};
 use crate::config::{Lifetime, Settings};
+use crate::inputs::Inputs;
 use crate::inputs::copies::{Copies, CopyError};
-use crate::inputs::{Inputs, NoView};
+use crate::isolation::{Demand, Ids, Lacking, Layer, Network, Strength};
 use crate::view::View;
 
 /// The file by which a state directory is known and locked.
@@ -97,15 +98,15 @@ pub enum WorkerStartError {
     /// There are no namespaces to be had.
     #[error(transparent)]
     Enter(#[from] EnterError),
+    /// A layer that is required can't be had.
+    #[error(transparent)]
+    Lacking(#[from] Lacking),
     /// There is no spawner.
     #[error(transparent)]
     Spawner(#[from] SpawnError),
     /// There is no store.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// There is no view, and nothing else will do.
-    #[error(transparent)]
-    View(#[from] NoView),
     /// There is no place for copies of inputs.
     #[error(transparent)]
     Copies(#[from] CopyError),
@@ -124,11 +125,15 @@ impl Groundwork {
     pub fn lay(settings: Settings) -> Result<Self, WorkerStartError> {
         // The lock before the fork: the spawner holds it too, until it has removed what builds left.
         let state = StateDir::take(&settings.state_dir, settings.lifetime)?;
-        let Entered { identity, note, kept_groups, claim } = cofferdam_sandbox::ids::enter()?;
-        match note {
-            Some(note) => tracing::info!(%identity, "builds share one id: {note}"),
-            None => tracing::debug!(%identity, "identities"),
-        }
+        let demand = settings.isolation.ids;
+        let wanted = if demand == Demand::Off { Ids::Shared } else { Ids::Own };
+        let Entered { identity, note, kept_groups, claim } = cofferdam_sandbox::ids::enter(wanted.into())?;
+        let own = match Ids::from(&identity) {
+            Ids::Own => Ok(()),
+            Ids::Shared => Err(note.unwrap_or_default()),
+        };
+        demand.settle(Layer::Ids, || own)?;
+        tracing::info!(%identity, "identities");
         if !kept_groups.is_empty() {
             tracing::warn!(
                 "builds may read what groups {kept_groups:?} of this user may: with one id the kernel lets nobody drop them \
@@ -162,8 +167,11 @@ impl Groundwork {
         let view = || View::mount(store.clone(), &at, identity.inputs_owner(), threads);
         // Opened whether they are used or not: the last worker may have used them, and left some in a crash.
         let copies = Copies::open(store.clone(), &state.copies(), identity.copies_owner())?;
-        let inputs = Inputs::choose(settings.fuse, view, copies)?;
-        let builder = Builder::new(settings, identity, spawner, store.clone(), inputs, &state.builds())?;
+        let inputs = Inputs::choose(settings.isolation.inputs, view, copies)?;
+        let strength =
+            Strength { ids: Ids::from(&identity), inputs: inputs.strength(), network: Network::None };
+        let builder =
+            Builder::new(settings, identity, strength, spawner, store.clone(), inputs, &state.builds())?;
         Ok(Worker { store, builder, _state: state, _claim: claim })
     }
 }

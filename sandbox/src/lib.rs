@@ -21,7 +21,9 @@ mod child;
 pub mod ids;
 pub mod plan;
 mod report;
+mod sabotage;
 pub mod scratch;
+mod sources;
 mod spawner;
 mod sys;
 

@@ -6,10 +6,9 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
+use super::isolation::IsolationArgs;
 use super::render::{self, End, Format};
-use super::{
-    Failed, IsolationArgs, Signals, StateArgs, cannot, path_parser, runtime, shell, start_failed_here,
-};
+use super::{Failed, Signals, StateArgs, cannot, path_parser, runtime, shell, start_failed_here};
 use crate::address::Address;
 use crate::build::events::Event;
 use crate::build::request::Request;
@@ -27,7 +26,7 @@ pub struct BuildArgs {
     #[arg(value_name = "REQUEST.json")]
     request: PathBuf,
     /// Have a daemon do it: unix:PATH, HOST:PORT, grpc+unix:PATH or grpc+http://HOST:PORT
-    #[arg(long, value_name = "ADDR", conflicts_with_all = ["state_dir", "allow_host_path", "sandbox_shell", "inputs"])]
+    #[arg(long, value_name = "ADDR", conflicts_with_all = ["state_dir", "allow_host_path", "sandbox_shell", "isolation"])]
     to: Option<Address>,
     /// Print each event as a line of JSON
     #[arg(long)]

@@ -8,7 +8,8 @@ use clap::Args;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use super::{Failed, IsolationArgs, Signals, StateArgs, path_parser, remark, runtime, shell};
+use super::isolation::IsolationArgs;
+use super::{Failed, Signals, StateArgs, path_parser, remark, runtime, shell};
 use crate::address::Address;
 use crate::build::Builder;
 use crate::castore::{LocalStore, Store};

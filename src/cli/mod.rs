@@ -2,6 +2,7 @@
 
 pub mod build;
 pub mod daemon;
+mod isolation;
 mod render;
 pub mod run;
 mod shell;
@@ -15,7 +16,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::config::{self, Demand, Settings};
+use crate::config;
 use crate::worker::WorkerStartError;
 
 /// Exit code where cofferdam itself fails, as in other programs that run programs.
@@ -147,30 +148,6 @@ impl StateArgs {
         self.state_dir.or_else(config::default_state_dir).ok_or_else(|| {
             Failed("there is neither $XDG_STATE_HOME nor $HOME; choose a place with --state-dir".into())
         })
-    }
-}
-
-/// What the machine must offer.
-#[derive(Debug, Args)]
-struct IsolationArgs {
-    /// Whether inputs are shown through FUSE: required, or cofferdam fails; preferred, or they are copied for each build
-    /// and that is told; off, then they are copied [default: preferred]
-    #[arg(long = "isolation", value_name = "inputs=DEMAND", value_parser = demand_for_inputs)]
-    inputs: Option<Demand>,
-}
-
-impl IsolationArgs {
-    fn apply(&self, settings: &mut Settings) {
-        settings.fuse = self.inputs.unwrap_or(settings.fuse);
-    }
-}
-
-fn demand_for_inputs(text: &str) -> Result<Demand, &'static str> {
-    match text {
-        "inputs=required" => Ok(Demand::Required),
-        "inputs=preferred" => Ok(Demand::Preferred),
-        "inputs=off" => Ok(Demand::Off),
-        _ => Err("it is inputs=required, inputs=preferred or inputs=off"),
     }
 }
 

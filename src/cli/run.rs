@@ -11,8 +11,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use clap::Args;
 use nix::unistd::{AccessFlags, eaccess};
 
+use super::isolation::IsolationArgs;
 use super::render::{End, Format};
-use super::{Failed, IsolationArgs, Signals, build, cannot, path_parser, remark, runtime, store};
+use super::{Failed, Signals, build, cannot, path_parser, remark, runtime, store};
 use crate::build::events::Output;
 use crate::build::request::{Constraints, Draft, InvalidRequest, Network, Request, SandboxPath, Shell};
 use crate::castore::{Directory, Name, Node, Store};
@@ -69,12 +70,12 @@ pub struct RunArgs {
     /// Print each event as a line of JSON instead of what the command writes
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    isolation: IsolationArgs,
     /// Keep the store in DIR, so that inputs seen before cost less [default: a temporary directory in $TMPDIR or
     /// /var/tmp]
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
-    #[command(flatten)]
-    isolation: IsolationArgs,
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<OsString>,
@@ -86,7 +87,7 @@ pub struct RunArgs {
 /// Where it is cofferdam that fails, or an argument makes no sense.
 pub fn run(args: RunArgs) -> Result<u8, Failed> {
     super::start_logging("warn")?;
-    let wanted = Wanted::from_args(args)?;
+    let (isolation, wanted) = Wanted::from_args(args)?;
     let (state_dir, lifetime) = match &wanted.state_dir {
         Some(dir) => (dir.clone(), Lifetime::Lasting),
         None => (temporary_dir()?, Lifetime::Ephemeral),
@@ -95,7 +96,7 @@ pub fn run(args: RunArgs) -> Result<u8, Failed> {
     settings.max_builds = NonZeroUsize::MIN;
     settings.allowed_host_paths = wanted.draft.constraints.ro_paths.clone();
     settings.network = NetworkPolicy::Host;
-    wanted.isolation.apply(&mut settings);
+    isolation.apply(&mut settings);
     let ground = Groundwork::lay(settings)?;
     let runtime = runtime()?;
     let worker = ground.build()?;
@@ -139,14 +140,13 @@ struct Wanted {
     outputs: Vec<Name>,
     out_dir: PathBuf,
     state_dir: Option<PathBuf>,
-    isolation: IsolationArgs,
     format: Format,
     /// The request but for its inputs.
     draft: Draft,
 }
 
 impl Wanted {
-    fn from_args(args: RunArgs) -> Result<Self, Failed> {
+    fn from_args(args: RunArgs) -> Result<(IsolationArgs, Self), Failed> {
         let inputs = inputs(&args.input)?;
         if let Some(rootfs) = &args.rootfs {
             std::fs::read_dir(rootfs).map_err(|error| cannot("use root file system", rootfs, error))?;
@@ -178,16 +178,16 @@ impl Wanted {
         // The inputs may take minutes to copy: whatever is wrong without them is told before.
         let draft = Request::new(draft).map_err(in_options)?.into_draft();
         check_destination(&args.out_dir, &outputs)?;
-        Ok(Self {
+        let wanted = Self {
             draft,
             rootfs: args.rootfs,
             inputs,
             outputs,
             out_dir: args.out_dir,
             state_dir: args.state_dir,
-            isolation: args.isolation,
             format: if args.json { Format::Json } else { Format::Plain },
-        })
+        };
+        Ok((args.isolation, wanted))
     }
 
     /// Takes the inputs into the store and completes the request with them.

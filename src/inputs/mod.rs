@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use crate::castore::{Name, Node};
-use crate::config::Demand;
+use crate::isolation::{self, Demand, Lacking, Layer};
 use crate::view::{self, Exposed, View, ViewError};
 
 use copies::{Copied, Copies, CopyError};
@@ -23,23 +23,7 @@ pub enum Inputs {
     /// Through FUSE.
     View(View),
     /// As files on disk.
-    Copies {
-        /// Where they are laid out.
-        copies: Copies,
-        /// Why they are not shown through FUSE.
-        why: Why,
-    },
-}
-
-/// Why inputs are copied.
-#[derive(Debug, thiserror::Error)]
-pub enum Why {
-    /// It was chosen.
-    #[error("FUSE is turned off")]
-    Chosen,
-    /// There was no view to be had.
-    #[error("for want of FUSE: {0}")]
-    NoView(ViewError),
+    Copies(Copies),
 }
 
 /// The inputs of one build. Dropping it takes them away, which may block.
@@ -65,38 +49,39 @@ pub enum ShowError {
     Cancelled,
 }
 
-/// Why a worker has no way to show inputs.
-#[derive(Debug, thiserror::Error)]
-#[error("inputs can't be shown through FUSE, which is required here: {0}")]
-pub struct NoView(#[from] pub ViewError);
-
 impl Inputs {
     /// The view, if `demand` and the kernel allow; whether the kernel does is found by trying.
     ///
     /// # Errors
-    /// [`NoView`] where `demand` leaves no choice.
+    /// Where the view can't be had and `demand` leaves no choice.
     pub fn choose(
         demand: Demand,
         view: impl FnOnce() -> Result<View, ViewError>,
         copies: Copies,
-    ) -> Result<Self, NoView> {
-        match demand {
-            Demand::Required => Ok(Self::View(view()?)),
-            Demand::Off => Ok(Self::copied(copies, Why::Chosen)),
-            Demand::Preferred => Ok(match view() {
-                Ok(view) => Self::View(view),
-                Err(error) => Self::copied(copies, Why::NoView(error)),
-            }),
+    ) -> Result<Self, Lacking> {
+        let tried = || {
+            view().inspect_err(|error| {
+                if demand == Demand::Preferred {
+                    // Builds are the same, but every one now waits for its inputs, which has to be known.
+                    tracing::warn!("inputs are copied for each build, for want of FUSE: {error}");
+                }
+            })
+        };
+        match demand.settle(Layer::Inputs, tried)? {
+            Some(view) => Ok(Self::View(view)),
+            None => {
+                copies.warn_of_noexec();
+                Ok(Self::Copies(copies))
+            }
         }
     }
 
-    fn copied(copies: Copies, why: Why) -> Self {
-        match &why {
-            Why::Chosen => tracing::debug!("inputs are copied for each build: {why}"),
-            Why::NoView(_) => tracing::warn!("inputs are copied for each build, {why}"),
+    /// What is told of it.
+    pub fn strength(&self) -> isolation::Inputs {
+        match self {
+            Self::View(_) => isolation::Inputs::Fuse,
+            Self::Copies(_) => isolation::Inputs::Copies,
         }
-        copies.warn_of_noexec();
-        Self::Copies { copies, why }
     }
 
     /// Shows `inputs` to the build called `build_id`. Blocks while they are copied, unless `cancel` turns true.
@@ -111,7 +96,7 @@ impl Inputs {
     ) -> Result<Shown, ShowError> {
         match self {
             Self::View(view) => Ok(Shown::Viewed(view.expose(build_id, inputs.clone())?)),
-            Self::Copies { copies, .. } => match copies.lay_out(build_id, inputs, cancel) {
+            Self::Copies(copies) => match copies.lay_out(build_id, inputs, cancel) {
                 Ok(copied) => Ok(Shown::Copied(copied)),
                 Err(error) if error.is_cancelled() => Err(ShowError::Cancelled),
                 Err(error) => Err(ShowError::Copies(error)),

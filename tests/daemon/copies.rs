@@ -44,6 +44,11 @@ fn there_is_no_view(case: &Case) {
     let daemon = daemon(case, &[]);
     let fuse = |of: &str| mounts(of).into_iter().filter(|line| line.contains(" - fuse")).count();
     assert_eq!(fuse(&daemon.pid().to_string()), fuse("self"));
+    client(async {
+        let reply = connect(&daemon).await.do_build(request("true", &[])).await.unwrap();
+        let told = reply.metadata().get("x-cofferdam-isolation").unwrap().to_str().unwrap();
+        assert!(told.split("; ").any(|part| part == "inputs=copies"), "{told}");
+    });
 }
 
 fn outputs_beside_copies(case: &Case) {

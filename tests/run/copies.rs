@@ -147,7 +147,7 @@ fn fuse_can_be_required(case: &Case) {
     let flags = ["--isolation", FUSE, "--input", "file=file"];
     let said = case.run(&flags, "stat -f -c %T /inputs").code(0).out();
     assert!(said.starts_with("fuse"), "{said}");
-    case.run(&["--isolation", "inputs=perhaps"], "echo ran").code(125).says("").complains("inputs=preferred");
+    case.run(&["--isolation", "inputs=perhaps"], "echo ran").code(125).says("").complains("none of required");
 }
 
 fn copies_are_no_fuse(case: &Case) {

@@ -12,8 +12,9 @@ use super::*;
 use crate::castore::{
     Blob, BlobService, BlobStat, BlobWriter, Digest, Directory, LocalStore, StoreError, Target, memory,
 };
-use crate::config::{Demand, Lifetime};
-use crate::inputs::{Inputs, ShowError, Why};
+use crate::config::Lifetime;
+use crate::inputs::{Inputs, ShowError};
+use crate::isolation::Demand;
 use crate::view::ViewError;
 
 fn me() -> Owner {
@@ -297,9 +298,7 @@ fn told_to_end_it_ends_soon_and_leaves_nothing() {
     assert!(read > 0 && read <= 1 << 20, "{read} bytes were read of it");
     assert_eq!(entries(&dir.path().join("copies")), 0);
     // Nothing is begun, either, and it is no fault.
-    let shown = Inputs::Copies { copies, why: Why::Chosen }
-        .show("b2", &inputs([(b"c", link(b"x"))]), &cancel)
-        .unwrap_err();
+    let shown = Inputs::Copies(copies).show("b2", &inputs([(b"c", link(b"x"))]), &cancel).unwrap_err();
     assert!(matches!(shown, ShowError::Cancelled), "{shown}");
     assert_eq!(entries(&dir.path().join("copies")), 0);
 }
@@ -318,12 +317,12 @@ fn without_fuse_it_depends_on_the_demand() {
         for error in [&device as &dyn Fn() -> ViewError, &mount] {
             let reason = error().to_string();
             assert!(reason.contains(&refusal().to_string()), "{reason}");
-            assert!(matches!(choose(Demand::Preferred, error()), Ok(Inputs::Copies { .. })), "{reason}");
+            assert!(matches!(choose(Demand::Preferred, error()), Ok(Inputs::Copies(_))), "{reason}");
             let refused = choose(Demand::Required, error()).err().unwrap().to_string();
             assert!(refused.contains("required") && refused.ends_with(&reason), "{refused}");
         }
     }
     let (_dir, copies) = copies(&memory::store(), me());
     let chosen = Inputs::choose(Demand::Off, || panic!("FUSE is not to be tried"), copies);
-    assert!(matches!(chosen, Ok(Inputs::Copies { .. })));
+    assert!(matches!(chosen, Ok(Inputs::Copies(_))));
 }
