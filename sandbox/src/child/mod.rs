@@ -1,6 +1,7 @@
 //! The sandbox's first process, from `clone3` to the end: a flat list of steps, in the order that the
 //! kernel demands.
 
+mod confine;
 mod init;
 mod net;
 mod privileges;
@@ -68,11 +69,15 @@ fn set_up(plan: &Plan, mut go: File) -> Result<(), SetupFailure> {
     // Before the ids change: afterwards the daemon's directories may be out of reach.
     let sources = rootfs::open_sources(plan)?;
     privileges::become_root(&plan.ids)?;
+    confine::forbid_user_namespaces(plan.seccomp)?;
     rootfs::assemble(plan, sources)?;
     net::set_up(plan.network)?;
     set_names()?;
     privileges::limit()?;
     privileges::drop_all()?;
+    // Both need the no_new_privs of that. The filter comes last: what is before may use any call.
+    confine::restrict(plan.landlock)?;
+    confine::filter(plan.seccomp)?;
     // After the last change of ids, which clears it.
     tie_to_spawner(go.as_fd())
 }
