@@ -7,6 +7,7 @@
 
 use nix::errno::Errno;
 
+use crate::plan::Landlock;
 use crate::sys;
 
 /// The first version that has both scopes: Linux 6.12.
@@ -18,6 +19,14 @@ const SCOPE_SIGNAL: u64 = 2;
 /// The version of Landlock here. `None`: the kernel has none, or it is turned off.
 pub fn abi() -> Option<u32> {
     sys::landlock_abi().ok()
+}
+
+/// The most that a plan may ask for here.
+pub fn offered() -> Landlock {
+    match abi() {
+        Some(ABI_OF_SCOPES..) => Landlock::Scoped,
+        _ => Landlock::Off,
+    }
 }
 
 /// Puts this process, and all that it will start, into a domain of its own. It must have `no_new_privs`.

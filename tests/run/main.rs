@@ -6,6 +6,7 @@ use std::process::ExitCode;
 mod support;
 
 mod attacks;
+mod confinement;
 mod data;
 mod endings;
 mod faults;
@@ -19,6 +20,7 @@ fn main() -> ExitCode {
     trials.extend(support::in_every_mode(endings::tests()));
     trials.extend(support::in_every_mode(faults::tests()));
     trials.extend(support::in_every_mode(attacks::tests()));
+    trials.extend(support::in_every_mode(confinement::tests()));
     trials.push(support::in_mode("full_disk", support::Mode::Root, faults::full_disk));
     support::run(trials)
 }

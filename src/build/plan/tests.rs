@@ -47,6 +47,8 @@ fn laid_out(parts: Parts) -> Layout {
         ids: cofferdam_sandbox::Identity::Single.map(0),
         shell: Some("/static/sh".into()),
         network_files: vec![("resolv.conf".into(), b"nameserver ::1\n".to_vec())],
+        seccomp: None,
+        landlock: cofferdam_sandbox::Landlock::Off,
     };
     lay_out(&request, site)
 }
