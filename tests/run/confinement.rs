@@ -200,7 +200,8 @@ int main(void) {
 }
 
 fn files_are_copied_and_packed_as_ever(case: &Case) {
-    let script = "set -e; mkdir -p a/b; echo x > a/b/f; ln -s b/f a/l; ln a/b/f a/h; chmod 750 a/b; touch -d @7 a/b/f;
+    let script =
+        "set -e; mkdir -p a/b; echo x > a/b/f; ln -s b/f a/l; ln a/b/f a/h; chmod 750 a/b; touch -d @7 a/b/f;
                   cp -a a c; cp -p a/b/f g; mv c d; ls -lR d > /dev/null;
                   tar -cf t.tar d; mkdir e; tar -xpf t.tar -C e; diff -r a e/d; install -D -m 755 g i/j;
                   stat -c '%a %Y' e/d/b/f e/d/b; readlink e/d/l";

@@ -5,9 +5,10 @@
 //! (dispatch)    (binary search)  (seccompiler's part)
 //! ```
 //!
-//! seccompiler makes programs for one ABI with one refusal, and looks for a number one by one. The kernel runs a new
-//! program once for each number of each ABI, to know which are always allowed and never need it again. So each part of
-//! seccompiler's is for one call alone, and is found by a search.
+//! seccompiler makes programs for one ABI with one refusal, and looks for a number one by one. What a sandbox pays for is
+//! the length of its program, which the kernel compiles each time it gets it, and the steps to each number: the kernel
+//! runs a new program once for every number, to know which are always allowed and never need it again. So seccompiler
+//! makes the conditions on arguments, each once for all calls and ABIs that have them, and the search is ours.
 //!
 //! Used by the build script, and by the tests.
 
@@ -80,24 +81,20 @@ pub fn abis_of(target_arch: &str) -> Option<&'static [Abi]> {
 
 /// Makes the program.
 pub fn compile(policy: &Policy, table: &Table, abis: &[Abi]) -> Result<BpfProgram, Error> {
-    let mut program = vec![statement(LOAD_WORD, OFFSET_OF_ARCH)];
-    for abi in abis {
-        let rules = rules_of(policy, table, *abi)?;
-        program.push(jump(JUMP_IF_EQUAL, abi.audit_arch(), 1, 0));
-        program.push(statement(JUMP, 1 + rules.len() as u32));
-        program.push(statement(LOAD_WORD, OFFSET_OF_NUMBER));
-        program.extend(rules);
+    let mut program = Backwards::default();
+    let mut otherwise = program.part(&vec![refuse(Refusal::UNKNOWN_CALL)]);
+    for abi in abis.iter().rev() {
+        let ranges = ranges_of(policy, table, *abi)?;
+        program.search(&ranges);
+        let found = program.push(LOAD_WORD, OFFSET_OF_NUMBER);
+        otherwise = program.branch(JUMP_IF_EQUAL, abi.audit_arch(), found, otherwise);
     }
-    program.push(refuse(Refusal::UNKNOWN_CALL));
-    match program.len() {
-        len if len > MAX_LEN => Err(Error::TooLong(len)),
-        _ => Ok(program),
-    }
+    program.push(LOAD_WORD, OFFSET_OF_ARCH);
+    program.finish()
 }
 
-/// The program for one ABI, once the number is loaded.
-fn rules_of(policy: &Policy, table: &Table, abi: Abi) -> Result<BpfProgram, Error> {
-    // What is done about each number, from the key to the next one.
+/// What is done about each number of an ABI: from the one that is named to the next.
+fn ranges_of(policy: &Policy, table: &Table, abi: Abi) -> Result<Vec<(u32, BpfProgram)>, Error> {
     let mut ranges = BTreeMap::from([(0, vec![refuse(Refusal::UNKNOWN_CALL)])]);
     for assigned in &table.assigned[abi as usize] {
         ranges.insert(*assigned.start(), vec![allow()]);
@@ -108,14 +105,14 @@ fn rules_of(policy: &Policy, table: &Table, abi: Abi) -> Result<BpfProgram, Erro
             return Err(Error::UnknownCall(call.clone()));
         }
         if let Some(number) = table.number(call, abi) {
-            insert(&mut ranges, number, part(number, rule)?);
+            insert(&mut ranges, number, part(rule)?);
         }
     }
     // A tracer has taken the call's place: the kernel will do nothing.
     insert(&mut ranges, u32::MAX, vec![allow()]);
     let mut ranges: Vec<(u32, BpfProgram)> = ranges.into_iter().collect();
     ranges.dedup_by(|next, range| next.1 == range.1);
-    Ok(search(&ranges))
+    Ok(ranges)
 }
 
 /// Cuts one number out of the range that holds it.
@@ -127,29 +124,93 @@ fn insert(ranges: &mut BTreeMap<u32, BpfProgram>, number: u32, part: BpfProgram)
     ranges.insert(number, part);
 }
 
-/// Finds the range of the number that is loaded, and goes on with its part.
-fn search(ranges: &[(u32, BpfProgram)]) -> BpfProgram {
-    match ranges {
-        [(_, part)] => part.clone(),
-        ranges => {
-            let (below, above) = ranges.split_at(ranges.len() / 2);
-            let (pivot, below, above) = (above[0].0, search(below), search(above));
-            let mut program = match u8::try_from(below.len()) {
-                Ok(len) => vec![jump(JUMP_IF_AT_LEAST, pivot, len, 0)],
-                // Too far for a jump with a condition.
-                Err(_) => {
-                    vec![jump(JUMP_IF_AT_LEAST, pivot, 0, 1), statement(JUMP, below.len() as u32)]
-                }
-            };
-            program.extend(below);
-            program.extend(above);
-            program
+/// A program in the making, from its end to its beginning: jumps only go forward, so what they lead to is there already.
+#[derive(Default)]
+struct Backwards {
+    instructions: BpfProgram,
+    /// Where the last copy of each part, or a jump to it, begins.
+    parts: Vec<(BpfProgram, Place)>,
+}
+
+/// An instruction, by how many there are from it to the end.
+#[derive(Clone, Copy)]
+struct Place(usize);
+
+impl Backwards {
+    /// How far a jump with a condition is let go. It could go 255, but both of its sides may get a longer jump before it.
+    const REACH: usize = 253;
+
+    fn push(&mut self, code: u16, k: u32) -> Place {
+        self.push_instruction(statement(code, k))
+    }
+
+    fn push_instruction(&mut self, instruction: Instruction) -> Place {
+        self.instructions.push(instruction);
+        Place(self.instructions.len())
+    }
+
+    /// How far it is from the next instruction to `place`.
+    fn distance(&self, place: Place) -> usize {
+        self.instructions.len() - place.0
+    }
+
+    fn jump_to(&mut self, place: Place) -> Place {
+        self.push(JUMP, self.distance(place) as u32)
+    }
+
+    /// The place of a part: the one that is there, or one that is nearer.
+    fn part(&mut self, part: &BpfProgram) -> Place {
+        let known =
+            self.parts.iter().position(|(known, _)| known == part).map(|at| self.parts.swap_remove(at));
+        let place = match known {
+            Some((_, place)) if self.distance(place) <= Self::REACH / 2 => place,
+            Some((_, place)) if part.len() > 1 => self.jump_to(place),
+            _ => {
+                self.instructions.extend(part.iter().rev().cloned());
+                Place(self.instructions.len())
+            }
+        };
+        self.parts.push((part.clone(), place));
+        place
+    }
+
+    /// Finds the range of the number that is loaded, and goes on with its part.
+    fn search(&mut self, ranges: &[(u32, BpfProgram)]) -> Place {
+        match ranges {
+            [(_, part)] => self.part(part),
+            ranges => {
+                let (below, above) = ranges.split_at(ranges.len() / 2);
+                let pivot = above[0].0;
+                let above = self.search(above);
+                let below = self.search(below);
+                self.branch(JUMP_IF_AT_LEAST, pivot, above, below)
+            }
+        }
+    }
+
+    fn branch(&mut self, code: u16, k: u32, yes: Place, no: Place) -> Place {
+        let mut near = |place| match self.distance(place) {
+            ..=Self::REACH => place,
+            _ => self.jump_to(place),
+        };
+        let (yes, no) = (near(yes), near(no));
+        let [jt, jf] = [yes, no].map(|place| self.distance(place) as u8);
+        self.push_instruction(Instruction { code, jt, jf, k })
+    }
+
+    fn finish(mut self) -> Result<BpfProgram, Error> {
+        self.instructions.reverse();
+        match self.instructions.len() {
+            len if len > MAX_LEN => Err(Error::TooLong(len)),
+            _ => Ok(self.instructions),
         }
     }
 }
 
 /// What is done once the number is known.
-fn part(number: u32, rule: &Rule) -> Result<BpfProgram, Error> {
+fn part(rule: &Rule) -> Result<BpfProgram, Error> {
+    /// Stands for the call, which is known then.
+    const NUMBER: u32 = 0;
     if rule.unless.is_empty() {
         return Ok(vec![refuse(rule.refusal)]);
     }
@@ -158,12 +219,22 @@ fn part(number: u32, rule: &Rule) -> Result<BpfProgram, Error> {
         .iter()
         .map(|all| SeccompRule::new(all.iter().map(condition).collect::<Result<_, _>>()?))
         .collect::<Result<_, BackendError>>()?;
-    let whole = seccompiler_program([(i64::from(number), alternatives)].into(), rule.refusal)?;
+    let whole = seccompiler_program([(NUMBER.into(), alternatives)].into(), rule.refusal)?;
     // A program without rules is the check of the architecture and the final action. The rest needs no architecture:
     // arguments lie at the same place on all of ours, which are little-endian.
     let bare = seccompiler_program(BTreeMap::new(), rule.refusal)?;
-    let (_, check) = bare.split_last().ok_or(Error::Prologue)?;
-    whole.strip_prefix(check).map(<[_]>::to_vec).ok_or(Error::Prologue)
+    let (end, check) = bare.split_last().ok_or(Error::Prologue)?;
+    match whole.strip_prefix(check).ok_or(Error::Prologue)? {
+        // The search for the number, the rules, their end, and the end of the search.
+        [load, is_it, rules @ .., rules_end, search_end]
+            if *load == statement(LOAD_WORD, OFFSET_OF_NUMBER)
+                && (is_it.code, is_it.k, is_it.jt) == (JUMP_IF_EQUAL, NUMBER, 0)
+                && (rules_end, search_end) == (end, end) =>
+        {
+            Ok([rules, std::slice::from_ref(rules_end)].concat())
+        }
+        _ => Err(Error::Prologue),
+    }
 }
 
 fn seccompiler_program(
@@ -185,10 +256,6 @@ fn condition(condition: &Condition) -> Result<SeccompCondition, BackendError> {
 
 fn statement(code: u16, k: u32) -> Instruction {
     Instruction { code, jt: 0, jf: 0, k }
-}
-
-fn jump(code: u16, k: u32, jt: u8, jf: u8) -> Instruction {
-    Instruction { code, jt, jf, k }
 }
 
 fn allow() -> Instruction {

@@ -403,7 +403,8 @@ fn the_kernel_refuses_what_the_policy_does() {
             .filter(|(call, rule)| rule.unless.is_empty() && *call != "vhangup")
             .filter_map(|(call, rule)| Some((call, table.number(call, native)?, rule.refusal.errno)))
             .collect();
-        let calls: Vec<(u32, [u64; 6])> = refused.iter().map(|(_, number, _)| (*number, [u64::MAX; 6])).collect();
+        let calls: Vec<(u32, [u64; 6])> =
+            refused.iter().map(|(_, number, _)| (*number, [u64::MAX; 6])).collect();
         let expected: Vec<u32> = refused.iter().map(|(.., errno)| *errno).collect();
         assert!(expected.len() > 20);
         assert_eq!(under(profile, &calls), expected, "{profile}: {refused:?}");

@@ -18,7 +18,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use cofferdam_sandbox::{
-    Access, Command, Entry, IdMap, Landlock, Layer, Mount, MountPoint, Network as SandboxNetwork, Plan, seccomp,
+    Access, Command, Entry, IdMap, Landlock, Layer, Mount, MountPoint, Network as SandboxNetwork, Plan,
+    seccomp,
 };
 
 use super::request::{Network, Request, SandboxPath, Shell};
