@@ -21,6 +21,7 @@ fn main() -> ExitCode {
     trials.extend(support::in_every_mode(faults::tests()));
     trials.extend(support::in_every_mode(attacks::tests()));
     trials.extend(support::in_every_mode(confinement::tests()));
+    trials.extend(confinement::by_other_ways());
     trials.push(support::in_mode("full_disk", support::Mode::Root, faults::full_disk));
     support::run(trials)
 }
