@@ -159,6 +159,9 @@ impl Step {
             (Step::Mount, Errno::EPERM) if object == "proc" => Some(
                 "a container that masks parts of /proc forbids a fresh one; run it with an unmasked /proc",
             ),
+            (Step::ForbidUserNamespaces, Errno::EROFS | Errno::EACCES | Errno::ENODEV) => Some(
+                "/proc/sys is read-only here or not the kernel's; run it where /proc is whole and writable",
+            ),
             (Step::Seccomp, Errno::ENOSYS | Errno::EINVAL) => {
                 Some("the kernel has no seccomp filters: CONFIG_SECCOMP_FILTER")
             }

@@ -14,6 +14,9 @@ use std::fmt;
 use std::str::FromStr;
 
 use nix::errno::Errno;
+use nix::fcntl::{OFlag, open};
+use nix::sys::stat::Mode;
+use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
 use serde::{Deserialize, Serialize};
 
 use crate::sys;
@@ -81,11 +84,15 @@ pub(crate) fn install(profile: Profile) -> Result<(), Errno> {
 }
 
 /// Lets nobody make user namespaces in this one or below it: a second layer under the strict filter.
+///
+/// This process needs `CAP_SYS_RESOURCE` in its user namespace, whose limit it is that it sees there, see
+/// `namespaces(7)`.
 pub(crate) fn forbid_user_namespaces() -> Result<(), Errno> {
-    // A procfs for this alone: whatever is at /proc belongs to another process namespace or may be masked.
-    let proc = sys::FsContext::open(c"proc")?.mount(libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC)?;
-    let flags = nix::fcntl::OFlag::O_WRONLY | nix::fcntl::OFlag::O_CLOEXEC;
     let limit =
-        nix::fcntl::openat(proc, "sys/user/max_user_namespaces", flags, nix::sys::stat::Mode::empty())?;
-    nix::unistd::write(limit, b"0").map(drop)
+        open("/proc/sys/user/max_user_namespaces", OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())?;
+    match fstatfs(&limit)?.filesystem_type() {
+        PROC_SUPER_MAGIC => nix::unistd::write(limit, b"0").map(drop),
+        // Somebody's idea of a procfs.
+        _ => Err(Errno::ENODEV),
+    }
 }
