@@ -22,8 +22,10 @@ pub mod ids;
 pub mod landlock;
 pub mod plan;
 mod report;
+mod sabotage;
 pub mod scratch;
 pub mod seccomp;
+mod sources;
 mod spawner;
 mod sys;
 
