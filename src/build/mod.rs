@@ -30,7 +30,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use cofferdam_sandbox::{Identity, Report, SpawnError, Spawner};
+use cofferdam_sandbox::{Identity, Report, SpawnError, Spawner, landlock, seccomp};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::castore::Store;
@@ -414,6 +414,8 @@ impl Running {
             host_paths: self.offer.host_paths.clone(),
             shell: self.lease.settings.shell.clone(),
             network_files,
+            seccomp: Some(seccomp::Profile::Parity),
+            landlock: landlock::offered(),
         }
     }
 

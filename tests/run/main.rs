@@ -7,6 +7,7 @@ mod support;
 
 mod attacks;
 mod copies;
+mod confinement;
 mod data;
 mod endings;
 mod faults;
@@ -25,6 +26,8 @@ fn main() -> ExitCode {
     let without_the_device =
         |mode| support::without_fuse("without_the_device", mode, copies::without_the_device);
     trials.extend(support::Mode::ALL.map(without_the_device));
+    trials.extend(support::in_every_mode(confinement::tests()));
+    trials.extend(confinement::by_other_ways());
     trials.push(support::in_mode("full_disk", support::Mode::Root, faults::full_disk));
     support::run(trials)
 }

@@ -32,6 +32,8 @@ pub enum Facility {
     Debootstrap,
     /// Python with grpcio in a virtual environment.
     Python,
+    /// System calls of 32-bit programs.
+    Calls32,
     /// The C sources of `scripts/sources`.
     Sources,
 }
@@ -45,6 +47,7 @@ impl Facility {
             Facility::Fuse => "fuse",
             Facility::Debootstrap => "debootstrap",
             Facility::Python => "python",
+            Facility::Calls32 => "calls32",
             Facility::Sources => "sources",
         }
     }
