@@ -17,8 +17,10 @@
 
 #![cfg(target_os = "linux")]
 
+pub mod cgroup;
 mod child;
 pub mod ids;
+pub mod measure;
 pub mod plan;
 mod report;
 pub mod scratch;
@@ -26,6 +28,8 @@ mod spawner;
 mod sys;
 
 pub use ids::{IdMap, Identity, Owner};
-pub use plan::{Access, Command, Entry, Layer, Mount, MountPoint, Network, Plan};
+pub use plan::{
+    Access, Command, Entry, Layer, Limits, MemoryScope, Mount, MountPoint, Network, Plan, TmpfsSize,
+};
 pub use report::{ExitStatus, Report, SetupFailure, Step};
 pub use spawner::{Leftovers, Sandbox, SpawnError, Spawner, Stdio, serve_if_spawner};

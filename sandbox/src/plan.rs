@@ -24,6 +24,10 @@ pub struct Plan {
     pub mounts: Vec<MountPoint>,
     /// Whose network the command sees.
     pub network: Network,
+    /// The cgroup that its processes are started in, absolute; `None`: that of the spawner.
+    pub cgroup: Option<PathBuf>,
+    /// What it may use.
+    pub limits: Limits,
     /// The command.
     pub command: Command,
 }
@@ -116,9 +120,47 @@ pub enum Mount {
     Tmpfs {
         /// Permission bits of its root.
         mode: u32,
-        /// Size limit as tmpfs takes it: a number of bytes, or a share of memory such as `50%`.
-        size: String,
+        /// How much fits.
+        size: TmpfsSize,
     },
+}
+
+/// How much fits into a tmpfs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TmpfsSize {
+    /// Bytes of all files together.
+    pub bytes: u64,
+    /// Files, directories and links.
+    pub inodes: u64,
+}
+
+/// What a build may use; `None`: as much as the program itself. [`cgroup`](crate::cgroup) limits the build as a whole
+/// where it can; resource limits (`setrlimit(2)`) are set everywhere.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// Bytes of memory.
+    pub memory: Option<u64>,
+    /// What `memory` is counted over.
+    pub memory_scope: MemoryScope,
+    /// Bytes of swap beside that, where a cgroup limits it.
+    pub swap: Option<u64>,
+    /// Processes and threads, two of which are the sandbox's own and the command.
+    pub processes: Option<u64>,
+    /// The build's share of processors that are short, 100 being usual, where a cgroup deals them out.
+    pub cpu_weight: Option<u16>,
+    /// Bytes of each file.
+    pub file_size: Option<u64>,
+}
+
+/// What a limit of memory is counted over.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MemoryScope {
+    /// Each process alone, by `RLIMIT_DATA`: its heap and all else that it has mapped for itself to write to, touched or
+    /// not. Neither files that are mapped nor shared memory nor what the kernel holds for it.
+    #[default]
+    Process,
+    /// The whole build, by its cgroup.
+    Build,
 }
 
 /// What the command may do to a mount.

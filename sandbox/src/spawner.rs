@@ -64,6 +64,8 @@ pub struct Leftovers {
     pub mounts: Vec<PathBuf>,
     /// Files and trees.
     pub trees: Vec<PathBuf>,
+    /// The part of the cgroup tree that was the program's.
+    pub cgroups: Option<PathBuf>,
 }
 
 /// Where a build's output goes.

@@ -14,6 +14,7 @@ use std::panic::AssertUnwindSafe;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
 use nix::sys::signal::Signal;
 use nix::sys::stat::{Mode, umask};
@@ -64,6 +65,9 @@ fn set_up(plan: &Plan, mut go: File) -> Result<(), SetupFailure> {
     // Entries get exactly the modes that the plan says.
     umask(Mode::empty());
 
+    // Not by clone3, for which the root would be the spawner's cgroup.
+    unshare(CloneFlags::CLONE_NEWCGROUP).map_err(|errno| SetupFailure::new(Step::Cgroup, errno, ""))?;
+    privileges::volunteer_for_oom();
     privileges::leave_keyring()?;
     // Before the ids change: afterwards the daemon's directories may be out of reach.
     let sources = rootfs::open_sources(plan)?;
@@ -71,7 +75,7 @@ fn set_up(plan: &Plan, mut go: File) -> Result<(), SetupFailure> {
     rootfs::assemble(plan, sources)?;
     net::set_up(plan.network)?;
     set_names()?;
-    privileges::limit()?;
+    privileges::limit(&plan.limits, &plan.ids)?;
     privileges::drop_all()?;
     // After the last change of ids, which clears it.
     tie_to_spawner(go.as_fd())

@@ -14,6 +14,7 @@ use nix::mount::{MntFlags, umount2};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::CloneFlags;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, send};
+use nix::sys::stat::Mode;
 use nix::sys::wait::waitpid;
 use nix::unistd::{self, Pid};
 use serde::de::DeserializeOwned;
@@ -22,7 +23,7 @@ use super::{Leftovers, Stdio, Subject};
 use crate::child;
 use crate::plan::{Network, Plan};
 use crate::report::{Report, SetupFailure, Step};
-use crate::{scratch, sys};
+use crate::{cgroup, scratch, sys};
 
 /// Serves what comes over `socket`, until the program ends. Yields the exit code.
 pub fn serve(socket: OwnedFd) -> i32 {
@@ -90,6 +91,9 @@ impl Server {
         for mount in &leftovers.mounts {
             // Gone already is as good.
             let _ = umount2(mount, MntFlags::MNT_DETACH);
+        }
+        if let Some(Err(error)) = leftovers.cgroups.as_deref().map(cgroup::remove_tree) {
+            complain(format_args!("{error}"));
         }
         for path in &leftovers.trees {
             if let Err(error) = remove(path) {
@@ -242,13 +246,13 @@ fn launch(plan: OwnedFd, stdio: Stdio) -> Result<(Pid, OwnedFd, File, File), Set
         | CloneFlags::CLONE_NEWNS
         | CloneFlags::CLONE_NEWPID
         | CloneFlags::CLONE_NEWIPC
-        | CloneFlags::CLONE_NEWUTS
-        | CloneFlags::CLONE_NEWCGROUP;
+        | CloneFlags::CLONE_NEWUTS;
     if plan.network == Network::Own {
         namespaces |= CloneFlags::CLONE_NEWNET;
     }
+    let cgroup = plan.cgroup.as_deref().map(open_cgroup).transpose()?;
     // SAFETY: the spawner has one thread for life.
-    let cloned = unsafe { sys::clone_process(namespaces.bits()) }
+    let cloned = unsafe { sys::clone_process(namespaces.bits(), cgroup.as_ref().map(|dir| dir.as_fd())) }
         .map_err(|errno| SetupFailure::new(Step::Clone, errno, ""))?;
     match cloned {
         sys::Cloned::Child => {
@@ -268,6 +272,12 @@ fn launch(plan: OwnedFd, stdio: Stdio) -> Result<(Pid, OwnedFd, File, File), Set
             Ok((pid, pidfd, File::from(report_read), go_write))
         }
     }
+}
+
+fn open_cgroup(path: &Path) -> Result<OwnedFd, SetupFailure> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    nix::fcntl::open(path, flags, Mode::empty())
+        .map_err(|errno| SetupFailure::new(Step::Cgroup, errno, path.display().to_string()))
 }
 
 fn read_plan(memfd: OwnedFd) -> Result<Plan, SetupFailure> {
