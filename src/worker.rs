@@ -11,6 +11,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsE
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use cofferdam_sandbox::cgroup;
 use cofferdam_sandbox::ids::{EnterError, Entered, IdClaim};
 use cofferdam_sandbox::{Identity, Leftovers, SpawnError, Spawner};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -34,6 +35,7 @@ pub struct Groundwork {
     settings: Settings,
     identity: Identity,
     spawner: Spawner,
+    cgroups: cgroup::Found,
     state: StateDir,
     claim: Option<IdClaim>,
 }
@@ -44,6 +46,8 @@ pub struct Worker {
     pub store: Store,
     /// Carries out builds.
     pub builder: Builder,
+    /// What builds are limited by.
+    pub limits: cgroup::Status,
     // After the rest: while anything of the worker lives, the state directory and the ids are its own.
     _state: StateDir,
     _claim: Option<IdClaim>,
@@ -95,6 +99,9 @@ pub enum WorkerStartError {
     /// There are no namespaces to be had.
     #[error(transparent)]
     Enter(#[from] EnterError),
+    /// The cgroup that was named can't be used.
+    #[error("--cgroup: {0}")]
+    Cgroup(#[from] cgroup::CgroupError),
     /// There is no spawner.
     #[error(transparent)]
     Spawner(#[from] SpawnError),
@@ -119,6 +126,11 @@ impl Groundwork {
     pub fn lay(settings: Settings) -> Result<Self, WorkerStartError> {
         // The lock before the fork: the spawner holds it too, until it has removed what builds left.
         let state = StateDir::take(&settings.state_dir, settings.lifetime)?;
+        // In a namespace of its own every user looks like root.
+        let privilege = match nix::unistd::Uid::effective().is_root() {
+            true => cgroup::Privilege::Root,
+            false => cgroup::Privilege::User,
+        };
         let Entered { identity, note, kept_groups, claim } = cofferdam_sandbox::ids::enter()?;
         match note {
             Some(note) => tracing::info!(%identity, "builds share one id: {note}"),
@@ -136,9 +148,16 @@ impl Groundwork {
         };
         // The spawner, too, takes some for each sandbox.
         raise_descriptor_limit();
-        let spawner =
-            Spawner::start(&Leftovers { mounts: vec![state.view()], trees: vec![tree] }, state.lock.as_fd())?;
-        Ok(Self { settings, identity, spawner, state, claim })
+        // Before the spawner, which is to be where this program is.
+        let cgroups = cgroup::find(&settings.limits.cgroup, privilege)?;
+        tracing::info!(limits = %cgroups.status, "cgroups");
+        let leftovers = Leftovers {
+            mounts: vec![state.view()],
+            trees: vec![tree],
+            cgroups: cgroups.cgroups.as_ref().map(|cgroups| cgroups.path().into()),
+        };
+        let spawner = Spawner::start(&leftovers, state.lock.as_fd())?;
+        Ok(Self { settings, identity, spawner, cgroups, state, claim })
     }
 
     /// Opens the store, mounts the view, and puts the builder over them.
@@ -146,7 +165,8 @@ impl Groundwork {
     /// # Errors
     /// Where one of them can't be had.
     pub fn build(self) -> Result<Worker, WorkerStartError> {
-        let Self { mut settings, identity, spawner, state, claim } = self;
+        let Self { mut settings, identity, spawner, cgroups, state, claim } = self;
+        let cgroup::Found { cgroups, status: limits } = cgroups;
         if let Some(slots) = identity.slots().and_then(|slots| NonZeroUsize::new(slots as usize)) {
             settings.max_builds = settings.max_builds.min(slots);
         }
@@ -156,8 +176,9 @@ impl Groundwork {
         let cpus = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
         let threads = cpus.saturating_mul(NonZeroUsize::new(VIEW_THREADS_PER_CPU).unwrap_or(cpus));
         let view = View::mount(store.clone(), &at, identity.inputs_owner(), threads)?;
-        let builder = Builder::new(settings, identity, spawner, store.clone(), view, &state.builds())?;
-        Ok(Worker { store, builder, _state: state, _claim: claim })
+        let builder =
+            Builder::new(settings, identity, spawner, store.clone(), view, &state.builds(), cgroups)?;
+        Ok(Worker { store, builder, limits, _state: state, _claim: claim })
     }
 }
 

@@ -10,6 +10,7 @@
 pub mod admission;
 pub mod error;
 pub mod events;
+mod limits;
 pub mod logs;
 mod offer;
 mod outputs;
@@ -30,7 +31,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use cofferdam_sandbox::{Identity, Report, SpawnError, Spawner};
+use cofferdam_sandbox::cgroup::{BuildCgroup, Cgroups};
+use cofferdam_sandbox::{ExitStatus, Identity, Report, SpawnError, Spawner};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::castore::Store;
@@ -42,6 +44,7 @@ use crate::view::{Exposed, View};
 use admission::{Slot, Slots};
 use error::{Cause, Fault, WorkerError, WorkerPart};
 use events::{Event, Output};
+use limits::{Budget, Disk, Reached, Watch};
 use outputs::{Intake, IntakeError};
 use plan::{Layout, Site};
 use request::{Network, Request};
@@ -74,6 +77,10 @@ struct Means {
     closure: Closure,
     scratch: ScratchRoot,
     slots: Slots,
+    // After the spawner: builds must have left before it is removed.
+    cgroups: Option<Cgroups>,
+    budget: Budget,
+    disk: Arc<Disk>,
     broken: watch::Sender<bool>,
 }
 
@@ -126,10 +133,14 @@ impl Builder {
         store: Store,
         view: View,
         scratch: &std::path::Path,
+        cgroups: Option<Cgroups>,
     ) -> Result<Self, ScratchError> {
+        let path = scratch;
         let slots = Slots::new(settings.max_builds, settings.max_waiting);
         let scratch = ScratchRoot::open(scratch)?;
         let closure = Closure::new();
+        let budget = Budget::new(&settings.limits, settings.max_builds, cgroups.as_ref());
+        let disk = Arc::new(Disk::new(scratch.dir(), path.into(), settings.limits.floor));
         Ok(Self(Arc::new(Means {
             settings,
             identity,
@@ -139,6 +150,9 @@ impl Builder {
             closure,
             scratch,
             slots,
+            cgroups,
+            budget,
+            disk,
             broken: watch::Sender::new(false),
         })))
     }
@@ -231,6 +245,7 @@ struct Held {
     cancel: Cancel,
     sandbox: sandbox::Running,
     exposed: Option<Exposed>,
+    cgroup: Option<BuildCgroup>,
     scratch: Arc<Scratch>,
 }
 
@@ -248,13 +263,24 @@ impl Held {
     /// Gives everything back, in the order that dependence demands.
     async fn release(self) {
         drop(self.cancel);
+        let cgroup = self.cgroup;
+        if let Some(cgroup) = &cgroup {
+            // All at once, where the end of its first process would be told to one after the other.
+            cgroup.kill();
+        }
         if tokio::time::timeout(END_PATIENCE, self.sandbox.end()).await.is_err() {
             // A read that the view does not answer can't be killed; without the view it ends.
             tracing::error!("a sandbox does not end although it was killed");
         }
         drop(self.exposed);
         // The last holder removes the directory; a thread that still reads outputs may be that one.
-        if blocking(move || drop(self.scratch)).await.is_err() {
+        let remove = move || {
+            if let Some(Err(error)) = cgroup.map(BuildCgroup::remove) {
+                tracing::warn!(%error, "a cgroup is left; the end of this program, or the next start, removes it");
+            }
+            drop(self.scratch);
+        };
+        if blocking(remove).await.is_err() {
             tracing::warn!("removing scratch ended early; the next start sweeps it");
         }
     }
@@ -312,14 +338,17 @@ impl Running {
         blocking(move || {
             let Running { lease, request, id, .. } = &*running;
             let exposed = running.expose()?;
-            let site = running.site(exposed.as_ref());
+            let cgroup = lease.cgroups.as_ref().map(|all| all.create(id, &lease.budget.limits)).transpose();
+            let cgroup = cgroup.map_err(|error| WorkerError::new(WorkerPart::Sandbox, error))?;
+            let site = running.site(exposed.as_ref(), cgroup.as_ref());
             let Layout { plan, on_disk, outputs } = plan::lay_out(request, site);
             let scratch = lease
                 .scratch
                 .create(id, &on_disk, &lease.identity, lease.slot_number())
                 .map_err(|error| WorkerError::new(WorkerPart::Scratch, error))?;
             let (sandbox, pipes) = sandbox::Running::start(&lease.spawner, &plan)?;
-            let held = Held { cancel: Cancel::default(), sandbox, exposed, scratch: Arc::new(scratch) };
+            let scratch = Arc::new(scratch);
+            let held = Held { cancel: Cancel::default(), sandbox, exposed, cgroup, scratch };
             Ok((held, pipes, outputs))
         })
         .await?
@@ -333,8 +362,11 @@ impl Running {
         places: Vec<PathBuf>,
         events: &mpsc::Sender<Event>,
     ) -> Result<Vec<Output>, Stop> {
-        let report = follow(&mut held.sandbox, pipes, held.exposed.as_ref(), events).await?;
-        sandbox::judge(report, &self.request)?;
+        let watch = self.lease.disk.watch(held.scratch.dir(), self.lease.budget.scratch);
+        let report = follow(&mut held.sandbox, pipes, held.exposed.as_ref(), &watch, events).await?;
+        drop(watch);
+        let reached = self.reached(&report, held).await?;
+        sandbox::judge(report, &self.request, &reached)?;
         self.take_in(places, held, events.clone()).await
     }
 
@@ -347,7 +379,22 @@ impl Running {
         exposed.map(Some).map_err(|error| WorkerError::new(WorkerPart::View, error))
     }
 
-    fn site(&self, exposed: Option<&Exposed>) -> Site {
+    /// The limits that the end of the build has to do with.
+    async fn reached(&self, report: &Report, held: &Held) -> Result<Reached, Fault> {
+        let readings = held.cgroup.as_ref().map(BuildCgroup::readings).unwrap_or_default();
+        tracing::debug!(build = %self.id, ?readings, "ended");
+        let budget = &self.lease.budget;
+        let longest_file = match (report, budget.limits.file_size) {
+            (Report::Ended(ExitStatus::Code(0)), _) | (_, None) => 0,
+            _ => {
+                let (dir, cancel) = (held.scratch.dir(), Arc::clone(&held.cancel.0));
+                blocking(move || limits::longest_file(&dir, &cancel)).await?
+            }
+        };
+        Ok(budget.reached(report, &readings, longest_file))
+    }
+
+    fn site(&self, exposed: Option<&Exposed>, cgroup: Option<&BuildCgroup>) -> Site {
         let network_files = match self.request.constraints.network {
             Network::None => Vec::new(),
             // A host without one of them gives its builds none either.
@@ -360,6 +407,9 @@ impl Running {
             build_dir: self.lease.scratch.path_of(&self.id),
             inputs: exposed.map(|exposed| exposed.path().into()),
             ids: self.lease.identity.map(self.lease.slot_number()),
+            cgroup: cgroup.map(|cgroup| cgroup.inner().into()),
+            limits: self.lease.budget.limits.clone(),
+            shm: self.lease.budget.shm,
             shell: self.lease.settings.shell.clone(),
             network_files,
         }
@@ -397,8 +447,9 @@ async fn follow(
     sandbox: &mut sandbox::Running,
     pipes: sandbox::Pipes,
     exposed: Option<&Exposed>,
+    watch: &Watch,
     events: &mpsc::Sender<Event>,
-) -> Result<Report, Fault> {
+) -> Result<Report, Stop> {
     let (tell_dead, dead) = oneshot::channel();
     let report = async {
         let report = sandbox.report().await?;
@@ -420,6 +471,7 @@ async fn follow(
     let view_failed = |fault| WorkerError::new(WorkerPart::View, fault).into();
     let (report, ()) = tokio::select! {
         fault = faulted => return Err(view_failed(fault)),
+        excess = watch.excess() => return Err(excess),
         ended = async { tokio::try_join!(report, logs) } => ended?,
     };
     // It may have come with the very last read. A build that met a fault is not to be judged.

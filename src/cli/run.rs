@@ -11,12 +11,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use clap::Args;
 use nix::unistd::{AccessFlags, eaccess};
 
+use super::limits::LimitArgs;
 use super::render::{End, Format};
 use super::{Failed, Signals, build, cannot, path_parser, remark, runtime, store};
 use crate::build::events::Output;
 use crate::build::request::{Constraints, Draft, InvalidRequest, Network, Request, SandboxPath, Shell};
 use crate::castore::{Directory, Name, Node, Store};
-use crate::config::{Lifetime, NetworkPolicy, Settings};
+use crate::config::{Floor, Lifetime, LimitSettings, NetworkPolicy, Settings};
 use crate::worker::Groundwork;
 
 const INPUTS: &str = "inputs";
@@ -73,6 +74,8 @@ pub struct RunArgs {
     /// /var/tmp]
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
+    #[command(flatten)]
+    limits: LimitArgs,
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<OsString>,
@@ -93,6 +96,7 @@ pub fn run(args: RunArgs) -> Result<u8, Failed> {
     settings.max_builds = NonZeroUsize::MIN;
     settings.allowed_host_paths = wanted.draft.constraints.ro_paths.clone();
     settings.network = NetworkPolicy::Host;
+    settings.limits = wanted.limits.clone();
     let ground = Groundwork::lay(settings)?;
     let runtime = runtime()?;
     let worker = ground.build()?;
@@ -137,6 +141,7 @@ struct Wanted {
     out_dir: PathBuf,
     state_dir: Option<PathBuf>,
     format: Format,
+    limits: LimitSettings,
     /// The request but for its inputs.
     draft: Draft,
 }
@@ -181,6 +186,7 @@ impl Wanted {
             outputs,
             out_dir: args.out_dir,
             state_dir: args.state_dir,
+            limits: args.limits.settings(Floor::None),
             format: if args.json { Format::Json } else { Format::Plain },
         })
     }

@@ -18,7 +18,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use cofferdam_sandbox::{
-    Access, Command, Entry, IdMap, Layer, Mount, MountPoint, Network as SandboxNetwork, Plan,
+    Access, Command, Entry, IdMap, Layer, Limits, Mount, MountPoint, Network as SandboxNetwork, Plan,
+    TmpfsSize,
 };
 
 use super::request::{Network, Request, SandboxPath, Shell};
@@ -33,8 +34,6 @@ const DEVICE_LINKS: [(&str, &str); 5] = [
     ("dev/stderr", "/proc/self/fd/2"),
     ("dev/ptmx", "pts/ptmx"),
 ];
-/// The largest share of memory that `/dev/shm` may take, as tmpfs writes it.
-const SHM_SIZE: &str = "50%";
 
 const PASSWD: &str = "root:x:0:0:Nix build user:/build:/noshell\n\
                       nixbld:x:1000:100:Nix build user:/build:/noshell\n\
@@ -52,6 +51,12 @@ pub struct Site {
     pub inputs: Option<PathBuf>,
     /// The user namespace of the build.
     pub ids: IdMap,
+    /// The cgroup of the build's processes, absolute; `None` where it has none of its own.
+    pub cgroup: Option<PathBuf>,
+    /// What it may use.
+    pub limits: Limits,
+    /// How much fits into its `/dev/shm`.
+    pub shm: TmpfsSize,
     /// The program that appears as `/bin/sh` where one is asked for.
     pub shell: Option<PathBuf>,
     /// Files of the host's `/etc` that a build with network sees, by name.
@@ -109,7 +114,7 @@ pub fn lay_out(request: &Request, site: Site) -> Layout {
     let mut draft = Draft::default();
     draft.directory("root", 0o700, Role::Daemon);
     draft.directory("scratch", 0o711, Role::Daemon);
-    draft.devices();
+    draft.devices(site.shm);
     draft.etc(request, &site);
     draft.host_paths(request, &site);
     draft.scratch(&places);
@@ -142,6 +147,8 @@ pub fn lay_out(request: &Request, site: Site) -> Layout {
                 Network::None => SandboxNetwork::Own,
                 Network::Required => SandboxNetwork::Host,
             },
+            cgroup: site.cgroup,
+            limits: site.limits,
             command: command(request),
         },
     }
@@ -276,14 +283,14 @@ impl Draft {
         self.mounts.push(MountPoint { at: at.into(), mount });
     }
 
-    fn devices(&mut self) {
+    fn devices(&mut self, shm: TmpfsSize) {
         self.mount("proc", Mount::Proc);
         for device in DEVICES {
             let source = Path::new("/dev").join(device);
             self.mount(Path::new("dev").join(device), Mount::Device { source });
         }
         self.mount("dev/pts", Mount::Devpts);
-        self.mount("dev/shm", Mount::Tmpfs { mode: 0o1777, size: SHM_SIZE.into() });
+        self.mount("dev/shm", Mount::Tmpfs { mode: 0o1777, size: shm });
         for (path, target) in DEVICE_LINKS {
             self.entries.push(Entry::Symlink { path: path.into(), target: target.into() });
         }
