@@ -249,6 +249,13 @@ pub struct Failure {
     pub exit_code: Option<i32>,
 }
 
+impl Failure {
+    /// Whether the message says no more than the exit code.
+    pub fn is_plain_exit(&self) -> bool {
+        self.exit_code.is_some_and(|code| self.message == Cause::Exited { code }.to_string())
+    }
+}
+
 impl From<Cause> for Failure {
     fn from(cause: Cause) -> Self {
         Self { message: cause.to_string(), exit_code: cause.exit_code() }
@@ -481,6 +488,7 @@ mod tests {
             let failure = Failure::from(cause);
             assert!(failure.message.starts_with(message), "{}\n  not {message}", failure.message);
             assert_eq!(failure.exit_code, exit_code, "{message}");
+            assert_eq!(failure.is_plain_exit(), message == "the command exited with code 3", "{message}");
         }
     }
 

@@ -42,14 +42,15 @@ pub struct DaemonArgs {
     /// Give builds that ask for a shell this statically linked program as /bin/sh
     #[arg(long, value_name = "PATH", value_parser = path_parser())]
     sandbox_shell: Option<PathBuf>,
-    #[command(flatten)]
-    limits: LimitArgs,
     /// Listen on TCP although everyone who reaches the port can then read the store and run builds
     #[arg(long)]
     insecure: bool,
     /// Serve the store alone and refuse all builds
     #[arg(long)]
     no_builds: bool,
+    // Last, or what follows would come under its heading.
+    #[command(flatten)]
+    limits: LimitArgs,
 }
 
 /// Serves until told to stop.

@@ -74,11 +74,12 @@ pub struct RunArgs {
     /// /var/tmp]
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
-    #[command(flatten)]
-    limits: LimitArgs,
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<OsString>,
+    // Last, or what follows would come under its heading.
+    #[command(flatten)]
+    limits: LimitArgs,
 }
 
 /// Runs the command. Yields the exit code.

@@ -9,6 +9,7 @@ mod attacks;
 mod data;
 mod endings;
 mod faults;
+mod limits;
 mod sandbox;
 mod streams;
 
@@ -19,6 +20,9 @@ fn main() -> ExitCode {
     trials.extend(support::in_every_mode(endings::tests()));
     trials.extend(support::in_every_mode(faults::tests()));
     trials.extend(support::in_every_mode(attacks::tests()));
+    trials.extend(support::in_every_mode(limits::tests()));
+    trials.extend(support::in_own_mode(limits::slow_tests()));
+    trials.extend(limits::cgroup_tests());
     trials.push(support::in_mode("full_disk", support::Mode::Root, faults::full_disk));
     support::run(trials)
 }

@@ -66,7 +66,7 @@ impl Mode {
     }
 
     /// User and group to become, where that isn't what the caller is already.
-    fn ids(self) -> Option<u32> {
+    pub fn ids(self) -> Option<u32> {
         match self {
             _ if !geteuid().is_root() => None,
             Mode::Root => None,

@@ -32,6 +32,8 @@ pub enum Facility {
     Debootstrap,
     /// Python with grpcio in a virtual environment.
     Python,
+    /// A cgroup2 file system that can be added to.
+    Cgroup2,
     /// The C sources of `scripts/sources`.
     Sources,
 }
@@ -45,6 +47,7 @@ impl Facility {
             Facility::Fuse => "fuse",
             Facility::Debootstrap => "debootstrap",
             Facility::Python => "python",
+            Facility::Cgroup2 => "cgroup2",
             Facility::Sources => "sources",
         }
     }

@@ -110,31 +110,34 @@ pub enum Status {
 impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::None { reason } => write!(
-                f,
-                "none: {reason}; processes and file sizes are limited per build by rlimits, memory per process only, \
-                 cpu not at all"
-            ),
+            Self::None { reason } => write!(f, "none: {reason}; {}", Instead(&[])),
             Self::Version2 { controllers, at } => {
-                let names = |had: bool| {
-                    let of_interest = |one: &&Controller| controllers.contains(one) == had;
-                    Controller::ALL
-                        .iter()
-                        .filter(of_interest)
-                        .map(|one| one.name())
-                        .collect::<Vec<_>>()
-                        .join(", ")
-                };
-                match controllers.len() {
-                    0 => write!(f, "v2: no controllers")?,
-                    _ => write!(f, "v2: {}", names(true))?,
+                let names: Vec<&str> = controllers.iter().map(|one| one.name()).collect();
+                match names.as_slice() {
+                    [] => write!(f, "v2: nothing, as {} has no controllers", at.display())?,
+                    names => write!(f, "v2: {}", names.join(", "))?,
                 }
-                match names(false).as_str() {
+                match Instead(controllers).to_string().as_str() {
                     "" => Ok(()),
-                    missing => write!(f, " ({} has no {missing})", at.display()),
+                    instead => write!(f, "; {instead}"),
                 }
             }
         }
+    }
+}
+
+/// What holds where these controllers are all there are.
+struct Instead<'a>(&'a [Controller]);
+
+impl fmt::Display for Instead<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let parts = [
+            (Controller::Pids, "processes and file sizes are limited per build by rlimits"),
+            (Controller::Memory, "memory per process only"),
+            (Controller::Cpu, "cpu not at all"),
+        ];
+        let missing = parts.iter().filter(|(controller, _)| !self.0.contains(controller));
+        f.write_str(&missing.map(|(_, text)| *text).collect::<Vec<_>>().join(", "))
     }
 }
 
@@ -340,11 +343,12 @@ mod tests {
             ),
             (
                 Status::Version2 { controllers: vec![Controller::Pids], at: at.clone() },
-                "v2: pids (/sys/fs/cgroup/x has no memory, cpu, io)",
+                "v2: pids; memory per process only, cpu not at all",
             ),
             (
                 Status::Version2 { controllers: vec![], at },
-                "v2: no controllers (/sys/fs/cgroup/x has no memory, pids, cpu, io)",
+                "v2: nothing, as /sys/fs/cgroup/x has no controllers; processes and file sizes are limited per build by \
+                 rlimits, memory per process only, cpu not at all",
             ),
             (
                 Status::None { reason: "it was turned off".into() },
