@@ -386,6 +386,29 @@ mod tests {
     }
 
     #[test]
+    fn a_build_with_too_much_on_disk_is_ended_by_its_own_fault() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["a", "b", "c"] {
+            fs::write(dir.path().join(name), vec![1; 8192]).unwrap();
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let excess = |bytes, inodes| {
+            let disk = Arc::new(Disk::new(handle(dir.path()), dir.path().into(), Floor::None));
+            let watch = disk.watch(handle(dir.path()), Some(ScratchBudget { bytes, inodes }));
+            let watching = async { tokio::time::timeout(LOOK_INTERVAL * 3, watch.excess()).await.ok() };
+            runtime.block_on(watching).map(|stop| match stop {
+                Stop::Failed(cause) => cause.to_string(),
+                Stop::Fault(fault) => panic!("{fault}"),
+            })
+        };
+        assert_eq!(excess(1 << 20, 3), None);
+        let too_many = excess(1 << 20, 2).unwrap();
+        assert!(too_many.contains("more than 2 files"), "{too_many}");
+        let too_much = excess(8192, 3).unwrap();
+        assert!(too_much.contains("8192 bytes (8 KiB) on disk"), "{too_much}");
+    }
+
+    #[test]
     fn an_ordinary_disk_is_not_short() {
         let dir = tempfile::tempdir().unwrap();
         for floor in [Floor::None, Floor::Size(Size(0))] {

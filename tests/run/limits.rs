@@ -27,9 +27,9 @@ pub fn tests() -> impl IntoIterator<Item = (&'static str, fn(&Case))> {
     ]
 }
 
-/// What doesn't depend on who runs it, or takes long.
-pub fn slow_tests() -> impl IntoIterator<Item = (&'static str, fn(&Case))> {
-    named![the_number_of_files_is_bounded, senseless_limits]
+/// What doesn't depend on who runs it.
+pub fn tests_in_own_mode() -> impl IntoIterator<Item = (&'static str, fn(&Case))> {
+    named![senseless_limits]
 }
 
 /// Starts sleepers until there is no more room, then waits.
@@ -120,14 +120,6 @@ fn files_together_are_bounded(case: &Case) {
     let ran = case.run(&["--max-scratch", "2M"], script).code(1).complains("limit reached");
     assert!(ran.took < Duration::from_secs(20), "took {:?}", ran.took);
     case.run(&["--max-scratch", "3M"], "head -c 800000 /dev/zero > file; ln file second; sleep 2.5").code(0);
-}
-
-fn the_number_of_files_is_bounded(case: &Case) {
-    let script = "perl -e 'for (1..66000) { open(F, \">$_\") or die \"$!\" } sleep 3'";
-    case.run(&["--max-scratch", "1G"], script).code(0);
-    // 65536 come with every limit, and one with each 4 KiB.
-    let script = "perl -e 'for (1..66000) { symlink(\"x\", $_) or die \"$!\" } sleep 100'";
-    case.run(&["--max-scratch", "200M"], script).code(1).complains("more than 65536 files");
 }
 
 fn a_full_disk_is_the_workers_fault(case: &Case) {

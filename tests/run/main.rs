@@ -21,7 +21,7 @@ fn main() -> ExitCode {
     trials.extend(support::in_every_mode(faults::tests()));
     trials.extend(support::in_every_mode(attacks::tests()));
     trials.extend(support::in_every_mode(limits::tests()));
-    trials.extend(support::in_own_mode(limits::slow_tests()));
+    trials.extend(support::in_own_mode(limits::tests_in_own_mode()));
     trials.extend(limits::cgroup_tests());
     trials.push(support::in_mode("full_disk", support::Mode::Root, faults::full_disk));
     support::run(trials)
