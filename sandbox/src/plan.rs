@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::cgroup::Controller;
 use crate::ids::IdMap;
 
 /// All that the child needs to know.
@@ -14,8 +15,6 @@ use crate::ids::IdMap;
 pub struct Plan {
     /// Where relative sources start: an absolute directory outside of the sandbox.
     pub base: PathBuf,
-    /// An empty directory, relative to `base`, on which the new root is put together.
-    pub staging: PathBuf,
     /// Who the command is, inside and outside.
     pub ids: IdMap,
     /// The root directory. It is read-only once everything is in place.
@@ -88,7 +87,7 @@ pub enum Mount {
     },
     /// A file, directory or device of the host with all that is mounted below it, read-only.
     HostPath {
-        /// The path, absolute; symbolic links are followed.
+        /// The path, absolute and free of symbolic links.
         source: PathBuf,
     },
     /// The inputs, read-only.
@@ -134,14 +133,15 @@ pub struct TmpfsSize {
     pub inodes: u64,
 }
 
-/// What a build may use; `None`: as much as the program itself. [`cgroup`](crate::cgroup) limits the build as a whole
-/// where it can; resource limits (`setrlimit(2)`) are set everywhere.
+/// What a build may use; `None`: as much as the program itself. What its cgroup can't count, resource limits do, as far
+/// as they go (`setrlimit(2)`).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
-    /// Bytes of memory.
+    /// What its cgroup counts.
+    pub controllers: Vec<Controller>,
+    /// Bytes of memory: of all together where the cgroup counts it, else of each process's heap and what else it has
+    /// mapped for itself to write to, touched or not; neither of files that are mapped nor of shared memory.
     pub memory: Option<u64>,
-    /// What `memory` is counted over.
-    pub memory_scope: MemoryScope,
     /// Bytes of swap beside that, where a cgroup limits it.
     pub swap: Option<u64>,
     /// Processes and threads, two of which are the sandbox's own and the command.
@@ -150,17 +150,6 @@ pub struct Limits {
     pub cpu_weight: Option<u16>,
     /// Bytes of each file.
     pub file_size: Option<u64>,
-}
-
-/// What a limit of memory is counted over.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum MemoryScope {
-    /// Each process alone, by `RLIMIT_DATA`: its heap and all else that it has mapped for itself to write to, touched or
-    /// not. Neither files that are mapped nor shared memory nor what the kernel holds for it.
-    #[default]
-    Process,
-    /// The whole build, by its cgroup.
-    Build,
 }
 
 /// What the command may do to a mount.

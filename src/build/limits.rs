@@ -13,9 +13,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use cofferdam_sandbox::cgroup::{Cgroups, Controller, Readings};
+use cofferdam_sandbox::cgroup::{Cgroups, Readings};
 use cofferdam_sandbox::measure::{Usage, Walk, measure};
-use cofferdam_sandbox::{ExitStatus, Limits, MemoryScope, Report, TmpfsSize};
+use cofferdam_sandbox::{ExitStatus, Limits, Report, TmpfsSize};
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::statvfs::fstatvfs;
@@ -76,13 +76,12 @@ impl Budget {
     /// What settings come to on this machine.
     pub fn new(settings: &LimitSettings, max_builds: NonZeroUsize, cgroups: Option<&Cgroups>) -> Self {
         let memory = settings.memory.map(|Size(bytes)| bytes);
-        let by_cgroup = cgroups.is_some_and(|cgroups| cgroups.has(Controller::Memory));
         // A machine that can't tell its memory has enough for the limit.
         let ram = sysinfo().map_or(u64::MAX, |info| info.ram_total());
         Self {
             limits: Limits {
+                controllers: cgroups.map(|cgroups| cgroups.controllers().to_vec()).unwrap_or_default(),
                 memory,
-                memory_scope: if by_cgroup { MemoryScope::Build } else { MemoryScope::Process },
                 // Memory that is limited is not to be made up for by a slow disk.
                 swap: memory.map(|_| 0),
                 processes: Some(settings.processes.unwrap_or_else(|| default_processes(max_builds))),
@@ -426,8 +425,8 @@ mod tests {
         };
         let budget = Budget::new(&settings, NonZeroUsize::MIN, None);
         let limits = Limits {
+            controllers: Vec::new(),
             memory: Some(1 << 30),
-            memory_scope: MemoryScope::Process,
             swap: Some(0),
             processes: Some(7),
             cpu_weight: None,

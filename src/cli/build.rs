@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
+use super::isolation::IsolationArgs;
 use super::limits::LimitArgs;
 use super::render::{self, End, Format};
 use super::{Failed, Signals, StateArgs, cannot, path_parser, runtime, shell, start_failed_here};
@@ -26,7 +27,7 @@ pub struct BuildArgs {
     #[arg(value_name = "REQUEST.json")]
     request: PathBuf,
     /// Have a daemon do it: unix:PATH, HOST:PORT, grpc+unix:PATH or grpc+http://HOST:PORT
-    #[arg(long, value_name = "ADDR", conflicts_with_all = ["state_dir", "allow_host_path", "sandbox_shell"])]
+    #[arg(long, value_name = "ADDR", conflicts_with_all = ["state_dir", "allow_host_path", "sandbox_shell", "isolation"])]
     #[arg(conflicts_with_all = LimitArgs::NAMES)]
     to: Option<Address>,
     /// Print each event as a line of JSON
@@ -40,6 +41,8 @@ pub struct BuildArgs {
     /// Give the build this statically linked program as /bin/sh, if the request asks for one
     #[arg(long, value_name = "PATH", value_parser = path_parser())]
     sandbox_shell: Option<PathBuf>,
+    #[command(flatten)]
+    isolation: IsolationArgs,
     #[command(flatten)]
     limits: LimitArgs,
 }
@@ -60,6 +63,7 @@ pub fn run(args: BuildArgs) -> Result<u8, Failed> {
             settings.allowed_host_paths = args.allow_host_path;
             settings.limits = args.limits.settings(Floor::None);
             settings.shell = args.sandbox_shell.map(shell::checked).transpose()?;
+            args.isolation.apply(&mut settings);
             let ground = Groundwork::lay(settings).map_err(start_failed_here)?;
             let runtime = runtime()?;
             let worker = ground.build()?;

@@ -48,7 +48,7 @@ impl Cgroups {
         // From here on dropping it cleans up.
         let build = BuildCgroup { inner: path.join(INNER), path };
         for (controller, file, value) in settings(limits) {
-            if controller.is_some_and(|controller| !self.has(controller)) {
+            if !limits.controllers.contains(&controller) {
                 continue;
             }
             match write(&build.path, file, &value) {
@@ -65,10 +65,10 @@ impl Cgroups {
 }
 
 /// The files that hold limits, with what goes into them.
-fn settings(limits: &Limits) -> Vec<(Option<Controller>, &'static str, String)> {
+fn settings(limits: &Limits) -> Vec<(Controller, &'static str, String)> {
     let mut all = Vec::new();
     let mut set = |controller, file, value: Option<u64>| {
-        all.extend(value.map(|value| (Some(controller), file, value.to_string())));
+        all.extend(value.map(|value| (controller, file, value.to_string())));
     };
     set(Controller::Memory, "memory.max", limits.memory);
     set(Controller::Memory, "memory.swap.max", limits.swap);

@@ -23,6 +23,7 @@ use std::{fmt, fs};
 
 use nix::errno::Errno;
 use nix::sys::wait::waitpid;
+use serde::{Deserialize, Serialize};
 
 use crate::sys;
 
@@ -64,7 +65,7 @@ pub enum Privilege {
 }
 
 /// What can be limited.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Controller {
     /// Memory and swap.
     Memory,
@@ -172,9 +173,9 @@ impl Cgroups {
         &self.path
     }
 
-    /// Whether builds can be limited in this.
-    pub fn has(&self, controller: Controller) -> bool {
-        self.controllers.contains(&controller)
+    /// What builds can be limited in.
+    pub fn controllers(&self) -> &[Controller] {
+        &self.controllers
     }
 
     /// Makes a directory in `base` that no living program has.

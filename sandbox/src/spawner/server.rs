@@ -23,6 +23,7 @@ use super::{Leftovers, Stdio, Subject};
 use crate::child;
 use crate::plan::{Network, Plan};
 use crate::report::{Report, SetupFailure, Step};
+use crate::sabotage::{Layer, kept};
 use crate::{cgroup, scratch, sys};
 
 /// Serves what comes over `socket`, until the program ends. Yields the exit code.
@@ -148,7 +149,7 @@ impl Server {
     /// Takes one message: the program's estate, or a request for a sandbox.
     fn receive(&mut self) -> Result<Turn, Errno> {
         let mut byte = [0];
-        let mut space = nix::cmsg_space!([RawFd; 4]);
+        let mut space = nix::cmsg_space!([RawFd; 5]);
         let mut slices = [IoSliceMut::new(&mut byte)];
         let flags = MsgFlags::MSG_CMSG_CLOEXEC;
         let message = match recvmsg::<()>(self.socket.as_raw_fd(), &mut slices, Some(&mut space), flags) {
@@ -171,8 +172,8 @@ impl Server {
                 self.estate = read_message(leftovers).ok().map(|leftovers| Estate { leftovers, lock });
             }
         // Too few: the descriptor limit was reached. The owner sees its socket close.
-        } else if let Ok([plan, stdout, stderr, control]) = <[OwnedFd; 4]>::try_from(fds) {
-            match launch(plan, Stdio { stdout, stderr }) {
+        } else if let Ok([plan, sources, stdout, stderr, control]) = <[OwnedFd; 5]>::try_from(fds) {
+            match launch(plan, sources, Stdio { stdout, stderr }) {
                 Ok((pid, pidfd, report, go)) => self.sandboxes.push(Running {
                     pid,
                     pidfd,
@@ -237,26 +238,20 @@ fn tell(control: &UnixStream, report: &Report) {
 }
 
 /// Makes a sandbox: clones its first process and gives it ids.
-fn launch(plan: OwnedFd, stdio: Stdio) -> Result<(Pid, OwnedFd, File, File), SetupFailure> {
+fn launch(plan: OwnedFd, sources: OwnedFd, stdio: Stdio) -> Result<(Pid, OwnedFd, File, File), SetupFailure> {
     let plan = read_plan(plan)?;
     let pipe = || unistd::pipe2(OFlag::O_CLOEXEC).map_err(|errno| SetupFailure::new(Step::Pipe, errno, ""));
     let (report_read, report) = pipe()?;
     let (go, go_write) = pipe()?;
-    let mut namespaces = CloneFlags::CLONE_NEWUSER
-        | CloneFlags::CLONE_NEWNS
-        | CloneFlags::CLONE_NEWPID
-        | CloneFlags::CLONE_NEWIPC
-        | CloneFlags::CLONE_NEWUTS;
-    if plan.network == Network::Own {
-        namespaces |= CloneFlags::CLONE_NEWNET;
-    }
+    let namespaces = namespaces(plan.network);
     let cgroup = plan.cgroup.as_deref().map(open_cgroup).transpose()?;
     // SAFETY: the spawner has one thread for life.
     let cloned = unsafe { sys::clone_process(namespaces.bits(), cgroup.as_ref().map(|dir| dir.as_fd())) }
         .map_err(|errno| SetupFailure::new(Step::Clone, errno, ""))?;
     match cloned {
         sys::Cloned::Child => {
-            let streams = child::Streams { stdout: stdio.stdout, stderr: stdio.stderr, report, go };
+            let Stdio { stdout, stderr } = stdio;
+            let streams = child::Streams { stdout, stderr, report, go, sources };
             child::run(&plan, streams)
         }
         sys::Cloned::Parent { pid, pidfd } => {
@@ -278,6 +273,21 @@ fn open_cgroup(path: &Path) -> Result<OwnedFd, SetupFailure> {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     nix::fcntl::open(path, flags, Mode::empty())
         .map_err(|errno| SetupFailure::new(Step::Cgroup, errno, path.display().to_string()))
+}
+
+/// The namespaces of a sandbox, but for that of cgroups, which it makes itself.
+fn namespaces(network: Network) -> CloneFlags {
+    let mut namespaces = CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID;
+    for (layer, namespace) in [(Layer::Ipc, CloneFlags::CLONE_NEWIPC), (Layer::Uts, CloneFlags::CLONE_NEWUTS)]
+    {
+        if kept(layer) {
+            namespaces |= namespace;
+        }
+    }
+    if network == Network::Own && kept(Layer::Network) {
+        namespaces |= CloneFlags::CLONE_NEWNET;
+    }
+    namespaces
 }
 
 fn read_plan(memfd: OwnedFd) -> Result<Plan, SetupFailure> {

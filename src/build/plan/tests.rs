@@ -48,6 +48,7 @@ fn laid_out(parts: Parts) -> Layout {
         cgroup: None,
         limits: Limits::default(),
         shm: TmpfsSize { bytes: 4096, inodes: 7 },
+        host_paths: request.constraints.ro_paths.clone(),
         shell: Some("/static/sh".into()),
         network_files: vec![("resolv.conf".into(), b"nameserver ::1\n".to_vec())],
     };
