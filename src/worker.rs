@@ -11,7 +11,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsE
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use cofferdam_sandbox::cgroup;
+use cofferdam_sandbox::cgroup::{self, Cgroups};
 use cofferdam_sandbox::ids::{EnterError, Entered, IdClaim};
 use cofferdam_sandbox::{Identity, Leftovers, SpawnError, Spawner};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -162,7 +162,7 @@ impl Groundwork {
         let leftovers = Leftovers {
             mounts: vec![state.view()],
             trees: vec![tree],
-            cgroups: cgroups.cgroups.as_ref().map(|cgroups| cgroups.path().into()),
+            cgroups: cgroups.cgroups.as_ref().map(Cgroups::remains),
         };
         let spawner = Spawner::start(&leftovers, state.lock.as_fd())?;
         Ok(Self { settings, identity, spawner, cgroups, state, claim })

@@ -9,8 +9,8 @@ use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use nix::unistd::{AccessFlags, Uid, eaccess};
 
 use super::{
-    CgroupError, Cgroups, Choice, Controller, Privilege, SUPERVISOR, SUPERVISOR_CPU_WEIGHT, Status, fail,
-    pids, read, sweep, write,
+    CgroupError, Cgroups, Changes, Choice, Controller, Privilege, SUPERVISOR, SUPERVISOR_CPU_WEIGHT, Status,
+    fail, pids, read, sweep, write,
 };
 use crate::sys;
 
@@ -98,24 +98,29 @@ fn ours(privilege: Privilege) -> Result<PathBuf, String> {
 /// Makes `base` ready.
 fn take(base: &Path) -> Result<Found, CgroupError> {
     sweep(base);
-    make_room(base)?;
+    let moved = make_room(base)?;
     let available = controllers_in(base, "cgroup.controllers");
+    let found_on = controllers_in(base, "cgroup.subtree_control");
     enable(base, &available);
+    let mut turned_on = controllers_in(base, "cgroup.subtree_control");
+    turned_on.retain(|controller| !found_on.contains(controller));
+    let changes = Changes { base: base.into(), turned_on, moved };
     let (path, lock) = Cgroups::claim(base)?;
     enable(&path, &available);
     let controllers = controllers_in(&path, "cgroup.subtree_control");
     // Absent where this program did not have to be moved.
     let _ = write(&base.join(SUPERVISOR), "cpu.weight", SUPERVISOR_CPU_WEIGHT);
-    let cgroups = Cgroups { path, controllers: controllers.clone(), _lock: lock };
+    let cgroups = Cgroups { path, controllers: controllers.clone(), changes, _lock: lock };
     cgroups.try_out()?;
     Ok(Found { cgroups: Some(cgroups), status: Status::Version2 { controllers, at: base.into() } })
 }
 
-/// Moves this program out of `base`, which may hold no processes itself once its children have controllers.
-fn make_room(base: &Path) -> Result<(), CgroupError> {
+/// Moves this program out of `base`, which may hold no processes itself once its children have controllers. Yields
+/// whether it had to be moved.
+fn make_room(base: &Path) -> Result<bool, CgroupError> {
     // The one cgroup that has no type is the root, for which that is no rule.
     if !base.join("cgroup.type").exists() {
-        return Ok(());
+        return Ok(false);
     }
     let own = i32::try_from(std::process::id()).unwrap_or_default();
     let inside = pids(base);
@@ -129,7 +134,7 @@ fn make_room(base: &Path) -> Result<(), CgroupError> {
         ))));
     }
     if inside.is_empty() {
-        return Ok(());
+        return Ok(false);
     }
     let leaf = base.join(SUPERVISOR);
     match fs::create_dir(&leaf) {
@@ -138,7 +143,8 @@ fn make_room(base: &Path) -> Result<(), CgroupError> {
         }
         _ => {}
     }
-    write(&leaf, "cgroup.procs", &own.to_string()).map_err(fail("move this program into the cgroup", &leaf))
+    let moved = write(&leaf, "cgroup.procs", &own.to_string());
+    moved.map(|()| true).map_err(fail("move this program into the cgroup", &leaf))
 }
 
 /// Turns controllers on for the children of `dir`, as far as that goes: what is on is read afterwards.

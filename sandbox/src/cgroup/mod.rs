@@ -40,6 +40,9 @@ const INNER: &str = "inner";
 const SUPERVISOR_CPU_WEIGHT: &str = "1000";
 /// How many names are tried for a program's own cgroup.
 const CLAIM_ATTEMPTS: u32 = 100;
+/// How often, and with which pauses, the program's own cgroup is tried to be removed after it.
+const LEAVING_ATTEMPTS: u32 = 20;
+const LEAVING_PAUSE: Duration = Duration::from_millis(5);
 /// How long dead processes may take to leave a cgroup.
 const REMOVAL_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -147,6 +150,7 @@ impl fmt::Display for Instead<'_> {
 pub struct Cgroups {
     path: PathBuf,
     controllers: Vec<Controller>,
+    changes: Changes,
     /// Tells others that it is in use.
     _lock: File,
 }
@@ -167,10 +171,79 @@ fn fail(act: &'static str, path: &Path) -> impl Fn(io::Error) -> CgroupError {
     move |source| CgroupError { act, path: path.into(), source }
 }
 
+/// What a program has made of the cgroup that it divides.
+#[derive(Clone, Debug, Default)]
+struct Changes {
+    base: PathBuf,
+    /// Controllers that were off for its children.
+    turned_on: Vec<Controller>,
+    /// Whether the program went to [`SUPERVISOR`].
+    moved: bool,
+}
+
+/// What a program leaves of cgroups, for whoever outlives it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Remains {
+    group: PathBuf,
+    base: PathBuf,
+    turned_on: Vec<Controller>,
+    moved: bool,
+}
+
+impl Remains {
+    /// Removes all of it, moves this process back, and leaves the cgroup that was divided as it was found, unless others
+    /// are in there by now. Every process of the program that is alive in the end has to call it.
+    ///
+    /// # Errors
+    /// Where the cgroups of builds can't be removed.
+    pub fn clear(&self, others: Others) -> Result<(), CgroupError> {
+        remove_tree(&self.group)?;
+        for controller in &self.turned_on {
+            // Refused where another program's builds are limited by it.
+            let _ = write(&self.base, "cgroup.subtree_control", &format!("-{}", controller.name()));
+        }
+        if self.moved {
+            let leaf = self.base.join(SUPERVISOR);
+            let back = write(&self.base, "cgroup.procs", &std::process::id().to_string());
+            let attempts = match (back, others) {
+                (Err(_), _) => 0,
+                (Ok(()), Others::None | Others::Stay) => 1,
+                (Ok(()), Others::Leaving) => LEAVING_ATTEMPTS,
+            };
+            for attempt in 0..attempts {
+                if attempt > 0 {
+                    std::thread::sleep(LEAVING_PAUSE);
+                }
+                if fs::remove_dir(&leaf).is_ok() {
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether other processes of the program are alive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Others {
+    /// None is.
+    None,
+    /// They will see to it themselves.
+    Stay,
+    /// They are dying.
+    Leaving,
+}
+
 impl Cgroups {
     /// Where it lies.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// What is to be cleared after the program.
+    pub fn remains(&self) -> Remains {
+        let Changes { base, turned_on, moved } = self.changes.clone();
+        Remains { group: self.path.clone(), base, turned_on, moved }
     }
 
     /// What builds can be limited in.
@@ -219,8 +292,8 @@ impl Cgroups {
 
 impl Drop for Cgroups {
     fn drop(&mut self) {
-        // The spawner, or the next start, tries again.
-        let _ = remove_tree(&self.path);
+        // The spawner has been here before, if there was one; the next start tries again.
+        let _ = self.remains().clear(Others::None);
     }
 }
 

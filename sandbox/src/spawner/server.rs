@@ -20,11 +20,12 @@ use nix::unistd::{self, Pid};
 use serde::de::DeserializeOwned;
 
 use super::{Leftovers, Stdio, Subject};
+use crate::cgroup::Others;
 use crate::child;
 use crate::plan::{Network, Plan};
 use crate::report::{Report, SetupFailure, Step};
 use crate::sabotage::{Layer, kept};
-use crate::{cgroup, scratch, sys};
+use crate::{scratch, sys};
 
 /// Serves what comes over `socket`, until the program ends. Yields the exit code.
 pub fn serve(socket: OwnedFd) -> i32 {
@@ -88,12 +89,13 @@ impl Server {
         for sandbox in self.sandboxes.drain(..) {
             let _ = waitpid(sandbox.pid, None);
         }
+        let program = self.program();
         let Some(Estate { leftovers, lock: _lock }) = self.estate else { return code };
         for mount in &leftovers.mounts {
             // Gone already is as good.
             let _ = umount2(mount, MntFlags::MNT_DETACH);
         }
-        if let Some(Err(error)) = leftovers.cgroups.as_deref().map(cgroup::remove_tree) {
+        if let Some(Err(error)) = leftovers.cgroups.as_ref().map(|remains| remains.clear(program)) {
             complain(format_args!("{error}"));
         }
         for path in &leftovers.trees {
@@ -102,6 +104,16 @@ impl Server {
             }
         }
         code
+    }
+
+    /// Whether the program waits for this process to end, or has been killed.
+    fn program(&self) -> Others {
+        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::empty())];
+        let polled = poll(&mut fds, PollTimeout::ZERO);
+        match (polled, fds.first().and_then(PollFd::revents)) {
+            (Ok(_), Some(events)) if !events.contains(PollFlags::POLLHUP) => Others::Stay,
+            _ => Others::Leaving,
+        }
     }
 
     /// Becomes independent of the terminal and of what the program was started with.
