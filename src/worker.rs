@@ -16,7 +16,7 @@ use cofferdam_sandbox::ids::{EnterError, Entered, IdClaim};
 use cofferdam_sandbox::{Identity, Leftovers, SpawnError, Spawner};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use crate::build::{Builder, ScratchError};
+use crate::build::{Builder, Sandboxes, ScratchError};
 use crate::castore::{LocalStore, Store, StoreError};
 use crate::config::{Lifetime, Settings};
 use crate::isolation::{Demand, Ids, Inputs, Lacking, Layer, Network, Strength};
@@ -185,9 +185,8 @@ impl Groundwork {
         let threads = cpus.saturating_mul(NonZeroUsize::new(VIEW_THREADS_PER_CPU).unwrap_or(cpus));
         let view = View::mount(store.clone(), &at, identity.inputs_owner(), threads)?;
         let strength = Strength { ids: Ids::from(&identity), inputs: Inputs::Fuse, network: Network::None };
-        let scratch = state.builds();
-        let builder =
-            Builder::new(settings, identity, strength, spawner, cgroups, store.clone(), view, &scratch)?;
+        let sandboxes = Sandboxes { identity, strength, spawner, cgroups };
+        let builder = Builder::new(settings, sandboxes, store.clone(), view, &state.builds())?;
         Ok(Worker { store, builder, limits, _state: state, _claim: claim })
     }
 }
