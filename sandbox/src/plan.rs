@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cgroup::Controller;
 use crate::ids::IdMap;
+use crate::seccomp;
 
 /// All that the child needs to know.
 #[derive(Debug, Serialize, Deserialize)]
@@ -23,6 +24,10 @@ pub struct Plan {
     pub mounts: Vec<MountPoint>,
     /// Whose network the command sees.
     pub network: Network,
+    /// Which system calls the command is refused. `None`: only what the kernel itself refuses it.
+    pub seccomp: Option<seccomp::Profile>,
+    /// What more of the outside is kept from the command than namespaces do.
+    pub landlock: Landlock,
     /// The cgroup that its processes are started in, absolute; `None`: that of the spawner.
     pub cgroup: Option<PathBuf>,
     /// What it may use.
@@ -168,6 +173,15 @@ pub enum Network {
     Own,
     /// The host's.
     Host,
+}
+
+/// What more of the outside is kept from the command than namespaces do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Landlock {
+    /// Nothing.
+    Off,
+    /// Abstract unix sockets and signals. The kernel must have them ([`ABI_OF_SCOPES`](crate::landlock::ABI_OF_SCOPES)).
+    Scoped,
 }
 
 /// The command and what it starts with. Byte strings hold no NUL.

@@ -17,8 +17,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use cofferdam_sandbox::{
-    Access, Command, Entry, IdMap, Layer, Limits, Mount, MountPoint, Network as SandboxNetwork, Plan,
-    TmpfsSize,
+    Access, Command, Entry, IdMap, Landlock, Layer, Limits, Mount, MountPoint, Network as SandboxNetwork,
+    Plan, TmpfsSize, seccomp,
 };
 
 use super::request::{Network, Request, SandboxPath, Shell};
@@ -62,6 +62,10 @@ pub struct Site {
     pub shell: Option<PathBuf>,
     /// Files of the host's `/etc` that a build with network sees, by name.
     pub network_files: Vec<(String, Vec<u8>)>,
+    /// Which system calls the build is refused.
+    pub seccomp: Option<seccomp::Profile>,
+    /// What more of the outside is kept from it than namespaces do.
+    pub landlock: Landlock,
 }
 
 /// A build, laid out.
@@ -146,6 +150,8 @@ pub fn lay_out(request: &Request, site: Site) -> Layout {
                 Network::None => SandboxNetwork::Own,
                 Network::Required => SandboxNetwork::Host,
             },
+            seccomp: site.seccomp,
+            landlock: site.landlock,
             cgroup: site.cgroup,
             limits: site.limits,
             command: command(request),
