@@ -20,6 +20,7 @@
 mod child;
 pub mod ids;
 pub mod plan;
+pub mod probe;
 mod report;
 pub mod scratch;
 mod spawner;

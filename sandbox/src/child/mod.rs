@@ -3,8 +3,8 @@
 
 mod init;
 mod net;
-mod privileges;
-mod rootfs;
+pub(crate) mod privileges;
+pub(crate) mod rootfs;
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -78,7 +78,7 @@ fn set_up(plan: &Plan, mut go: File) -> Result<(), SetupFailure> {
 }
 
 /// Gives the sandbox the names that every build sees.
-fn set_names() -> Result<(), SetupFailure> {
+pub(crate) fn set_names() -> Result<(), SetupFailure> {
     let fail = |errno| SetupFailure::new(Step::HostName, errno, "");
     unistd::sethostname("localhost").map_err(fail)?;
     sys::set_domain_name("(none)").map_err(fail)

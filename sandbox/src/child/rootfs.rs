@@ -21,9 +21,9 @@ use crate::report::{SetupFailure, Step};
 use crate::sys::{self, FsContext};
 
 const PLAIN: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
-const READ_ONLY: u64 = libc::MOUNT_ATTR_RDONLY | PLAIN;
+pub(crate) const READ_ONLY: u64 = libc::MOUNT_ATTR_RDONLY | PLAIN;
 /// For device nodes, which `nodev` would turn off.
-const DEVICE: u64 = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
+pub(crate) const DEVICE: u64 = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
 
 /// Everything of the host that the sandbox is made of.
 pub struct Sources {
@@ -179,7 +179,7 @@ fn make_entry(root: BorrowedFd<'_>, entry: &Entry) -> Result<(), SetupFailure> {
 
 /// What stands in a place.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
+pub(crate) enum Kind {
     Directory,
     /// Anything that is mounted over a file: a file, a device, a socket.
     File,
@@ -197,7 +197,7 @@ impl Kind {
 }
 
 /// The place at `path`, made if it isn't there. No component is followed if it is a symbolic link.
-fn walk(root: BorrowedFd<'_>, path: &Path, kind: Kind) -> Result<OwnedFd, Errno> {
+pub(crate) fn walk(root: BorrowedFd<'_>, path: &Path, kind: Kind) -> Result<OwnedFd, Errno> {
     let (dir, name) = parent(root, path)?;
     let place = match (open_place(dir.as_fd(), name), kind) {
         (Err(Errno::ENOENT), Kind::Directory) => {
@@ -253,7 +253,7 @@ fn is_device(path: &Path) -> bool {
 }
 
 /// A detached copy of a mount of the host.
-fn open_tree(path: &Path, recursive: bool, attributes: u64) -> Result<OwnedFd, Errno> {
+pub(crate) fn open_tree(path: &Path, recursive: bool, attributes: u64) -> Result<OwnedFd, Errno> {
     let path = CString::new(path.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL)?;
     let tree = sys::open_tree(&path, recursive)?;
     match recursive {
@@ -263,7 +263,7 @@ fn open_tree(path: &Path, recursive: bool, attributes: u64) -> Result<OwnedFd, E
     Ok(tree)
 }
 
-fn tmpfs(mode: &CStr, size: Option<&CStr>) -> Result<OwnedFd, Errno> {
+pub(crate) fn tmpfs(mode: &CStr, size: Option<&CStr>) -> Result<OwnedFd, Errno> {
     let context = FsContext::open(c"tmpfs")?;
     context.string(c"mode", mode)?;
     if let Some(size) = size {
@@ -272,7 +272,7 @@ fn tmpfs(mode: &CStr, size: Option<&CStr>) -> Result<OwnedFd, Errno> {
     context.mount(PLAIN)
 }
 
-fn overlay(lower: &OwnedFd, upper: &OwnedFd, work: &OwnedFd) -> Result<OwnedFd, Errno> {
+pub(crate) fn overlay(lower: &OwnedFd, upper: &OwnedFd, work: &OwnedFd) -> Result<OwnedFd, Errno> {
     let context = FsContext::open(c"overlay")?;
     for (key, directory) in [(c"lowerdir", lower), (c"upperdir", upper), (c"workdir", work)] {
         // By descriptor: the paths may hold characters that overlay gives a meaning, and the directories
@@ -287,7 +287,7 @@ fn overlay(lower: &OwnedFd, upper: &OwnedFd, work: &OwnedFd) -> Result<OwnedFd, 
 }
 
 /// A file system that takes nothing from the host.
-fn fresh(mount: &Mount) -> Result<OwnedFd, Errno> {
+pub(crate) fn fresh(mount: &Mount) -> Result<OwnedFd, Errno> {
     match mount {
         Mount::Proc => FsContext::open(c"proc")?.mount(PLAIN | libc::MOUNT_ATTR_NOEXEC),
         Mount::Devpts => {
@@ -306,7 +306,7 @@ fn fresh(mount: &Mount) -> Result<OwnedFd, Errno> {
 }
 
 /// Makes `root` the root directory and leaves nothing of the old one.
-fn pivot(root: BorrowedFd<'_>) -> Result<(), Errno> {
+pub(crate) fn pivot(root: BorrowedFd<'_>) -> Result<(), Errno> {
     fchdir(root)?;
     // The old root comes to lie over the new one, so that it needs no directory there: see pivot_root(2).
     pivot_root(".", ".")?;

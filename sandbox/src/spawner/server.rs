@@ -20,9 +20,18 @@ use serde::de::DeserializeOwned;
 
 use super::{Leftovers, Stdio, Subject};
 use crate::child;
+use crate::ids::IdMap;
 use crate::plan::{Network, Plan};
 use crate::report::{Report, SetupFailure, Step};
 use crate::{scratch, sys};
+
+/// The namespaces that every sandbox has.
+pub const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWUSER
+    .union(CloneFlags::CLONE_NEWNS)
+    .union(CloneFlags::CLONE_NEWPID)
+    .union(CloneFlags::CLONE_NEWIPC)
+    .union(CloneFlags::CLONE_NEWUTS)
+    .union(CloneFlags::CLONE_NEWCGROUP);
 
 /// Serves what comes over `socket`, until the program ends. Yields the exit code.
 pub fn serve(socket: OwnedFd) -> i32 {
@@ -238,12 +247,7 @@ fn launch(plan: OwnedFd, stdio: Stdio) -> Result<(Pid, OwnedFd, File, File), Set
     let pipe = || unistd::pipe2(OFlag::O_CLOEXEC).map_err(|errno| SetupFailure::new(Step::Pipe, errno, ""));
     let (report_read, report) = pipe()?;
     let (go, go_write) = pipe()?;
-    let mut namespaces = CloneFlags::CLONE_NEWUSER
-        | CloneFlags::CLONE_NEWNS
-        | CloneFlags::CLONE_NEWPID
-        | CloneFlags::CLONE_NEWIPC
-        | CloneFlags::CLONE_NEWUTS
-        | CloneFlags::CLONE_NEWCGROUP;
+    let mut namespaces = NAMESPACES;
     if plan.network == Network::Own {
         namespaces |= CloneFlags::CLONE_NEWNET;
     }
@@ -257,7 +261,7 @@ fn launch(plan: OwnedFd, stdio: Stdio) -> Result<(Pid, OwnedFd, File, File), Set
         }
         sys::Cloned::Parent { pid, pidfd } => {
             let mut go_write = File::from(go_write);
-            let mapped = write_maps(pid, &plan).and_then(|()| {
+            let mapped = write_maps(pid, &plan.ids).and_then(|()| {
                 go_write.write_all(&[1]).map_err(|_| SetupFailure::new(Step::MapIds, Errno::EPIPE, ""))
             });
             if let Err(failure) = mapped {
@@ -283,8 +287,9 @@ fn read_message<T: DeserializeOwned>(memfd: OwnedFd) -> Result<T, Errno> {
     postcard::from_bytes(&bytes).map_err(|_| Errno::EBADMSG)
 }
 
-fn write_maps(pid: Pid, plan: &Plan) -> Result<(), SetupFailure> {
-    for (file, map) in [("uid_map", &plan.ids.uid_map), ("gid_map", &plan.ids.gid_map)] {
+/// Gives the user namespace of a process its ids.
+pub fn write_maps(pid: Pid, ids: &IdMap) -> Result<(), SetupFailure> {
+    for (file, map) in [("uid_map", &ids.uid_map), ("gid_map", &ids.gid_map)] {
         let path = format!("/proc/{pid}/{file}");
         std::fs::write(&path, map).map_err(|error| {
             let errno = error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);

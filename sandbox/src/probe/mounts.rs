@@ -1,0 +1,177 @@
+//! The pieces of a build's file system, made with the functions that builds are made with.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, openat};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::stat::Mode;
+
+use super::outcome::{Act, Found, Tried, Trouble};
+use crate::child::rootfs::{self, Kind};
+use crate::plan::Mount;
+use crate::sys;
+
+/// The device nodes that every build sees, and whether it writes to them here.
+const DEVICES: [(&str, OFlag); 6] = [
+    ("full", OFlag::O_RDONLY),
+    ("null", OFlag::O_RDWR),
+    ("random", OFlag::O_RDONLY),
+    ("tty", OFlag::O_PATH),
+    ("urandom", OFlag::O_RDONLY),
+    ("zero", OFlag::O_RDONLY),
+];
+
+fn tmpfs() -> Result<OwnedFd, Trouble> {
+    rootfs::tmpfs(c"0755", None).act("mount a tmpfs")
+}
+
+/// A tmpfs that is attached, as the root of a sandbox is.
+fn attached(staging: BorrowedFd<'_>) -> Result<OwnedFd, Trouble> {
+    let tmpfs = tmpfs()?;
+    sys::move_mount(tmpfs.as_fd(), staging).act("attach a tmpfs with move_mount")?;
+    Ok(tmpfs)
+}
+
+fn place(root: BorrowedFd<'_>, name: &str, kind: Kind) -> Result<OwnedFd, Trouble> {
+    rootfs::walk(root, Path::new(name), kind).act(&format!("make {name} in a tmpfs"))
+}
+
+/// In a sandbox: a tmpfs that takes files.
+pub fn fresh_tmpfs() -> Tried {
+    let tmpfs = tmpfs()?;
+    write_file(tmpfs.as_fd(), c"file", "write to a tmpfs")?;
+    Ok(Found::default())
+}
+
+fn write_file(dir: BorrowedFd<'_>, name: &CStr, act: &str) -> Result<(), Trouble> {
+    let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY | OFlag::O_CLOEXEC;
+    let file = openat(dir, name, flags, Mode::from_bits_truncate(0o644)).act(act)?;
+    File::from(file).write_all(b"doctor").act(act)
+}
+
+/// In a sandbox: a part of the host, read-only in another place.
+pub fn bind(staging: BorrowedFd<'_>) -> Tried {
+    let root = attached(staging)?;
+    let tree = rootfs::open_tree(Path::new("/dev"), true, rootfs::READ_ONLY);
+    let tree = tree.act("copy a mount with open_tree and mount_setattr")?;
+    let at = place(root.as_fd(), "bound", Kind::Directory)?;
+    sys::move_mount(tree.as_fd(), at.as_fd()).act("attach a mount with move_mount")?;
+    Ok(Found::default())
+}
+
+/// In a sandbox: its own `/proc`.
+pub fn proc() -> Tried {
+    rootfs::fresh(&Mount::Proc).act("mount proc").map(|_| Found::default())
+}
+
+/// In a sandbox: its own terminals.
+pub fn devpts() -> Tried {
+    let devpts = rootfs::fresh(&Mount::Devpts).act("mount devpts")?;
+    let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
+    openat(&devpts, c"ptmx", flags, Mode::empty()).act("open a terminal in devpts").map(|_| Found::default())
+}
+
+/// In a sandbox: the host's device nodes in another place, in use.
+pub fn devices(staging: BorrowedFd<'_>) -> Tried {
+    let root = attached(staging)?;
+    for (name, access) in DEVICES {
+        let source = Path::new("/dev").join(name);
+        let found = source.metadata().act(&format!("find /dev/{name}"))?;
+        if !found.file_type().is_char_device() {
+            return Err(Trouble::said(format!("use /dev/{name}"), "it is no device"));
+        }
+        let tree = rootfs::open_tree(&source, false, rootfs::DEVICE)
+            .act(&format!("copy the mount of /dev/{name}"))?;
+        let at = place(root.as_fd(), name, Kind::File)?;
+        sys::move_mount(tree.as_fd(), at.as_fd()).act(&format!("bind /dev/{name}"))?;
+        openat(&root, name, access | OFlag::O_CLOEXEC, Mode::empty())
+            .act(&format!("open /dev/{name} where it is bound"))?;
+    }
+    Ok(Found::default())
+}
+
+/// In a sandbox: an overlay in a tmpfs, as the root is one where inputs lie at the root.
+pub fn overlay(staging: BorrowedFd<'_>) -> Tried {
+    let root = attached(staging)?;
+    let dir = |name| place(root.as_fd(), name, Kind::Directory);
+    overlay_on(&dir("lower")?, &dir("upper")?, &dir("work")?, &dir("merged")?)
+}
+
+/// In a sandbox: an overlay of these directories, whose upper layer takes what is written.
+pub fn overlay_on(lower: &OwnedFd, upper: &OwnedFd, work: &OwnedFd, merged: &OwnedFd) -> Tried {
+    let overlay = rootfs::overlay(lower, upper, work).act("mount an overlay with userxattr")?;
+    sys::move_mount(overlay.as_fd(), merged.as_fd()).act("attach an overlay with move_mount")?;
+    write_file(overlay.as_fd(), c"file", "write to an overlay")?;
+    let written = openat(upper, c"file", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty());
+    written.act("find in the upper layer what was written to an overlay").map(|_| Found::default())
+}
+
+/// In a sandbox: a root of its own, with nothing of the old one.
+pub fn pivot(staging: BorrowedFd<'_>) -> Tried {
+    let root = attached(staging)?;
+    rootfs::pivot(root.as_fd()).act("change the root with pivot_root")?;
+    match std::fs::read_dir("/").act("read the new root")?.next() {
+        None => Ok(Found::default()),
+        Some(_) => Err(Trouble::said("change the root with pivot_root", "the old root is still there")),
+    }
+}
+
+const FUSE: &str = "/dev/fuse";
+
+/// Where the program stands: the device, opened.
+pub fn fuse_device() -> Tried {
+    open_fuse().map(|_| Found::default())
+}
+
+fn open_fuse() -> Result<OwnedFd, Trouble> {
+    let flags = OFlag::O_RDWR | OFlag::O_CLOEXEC;
+    nix::fcntl::open(FUSE, flags, Mode::empty()).act("open /dev/fuse")
+}
+
+/// Where the program stands: a FUSE mount on `at`, and the kernel's first request to it.
+pub fn fuse_mount(at: &Path) -> Tried {
+    let device = open_fuse()?;
+    unshare(CloneFlags::CLONE_NEWNS).act("make a mount namespace")?;
+    let options = format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other", device.as_raw_fd());
+    let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    mount(Some("cofferdam"), at, Some("fuse.cofferdam"), flags, Some(options.as_str())).act("mount FUSE")?;
+    let version = first_request(device);
+    let unmounted = umount2(at, MntFlags::MNT_FORCE | MntFlags::MNT_DETACH).act("unmount FUSE");
+    let (major, minor) = version?;
+    unmounted.map(|()| Found::with(format!("protocol {major}.{minor}")))
+}
+
+/// The protocol that the kernel speaks, from its first request: see `fuse(4)`.
+fn first_request(device: OwnedFd) -> Result<(u32, u32), Trouble> {
+    const INIT: u32 = 26;
+    /// What the kernel demands of a reader, whatever it has to say.
+    const BUFFER: usize = 8192;
+    let act = "read the kernel's first request to FUSE";
+    let mut ready = [PollFd::new(device.as_fd(), PollFlags::POLLIN)];
+    if poll(&mut ready, PollTimeout::from(3000_u16)).act(act)? == 0 {
+        return Err(Trouble::said(act, "there is none"));
+    }
+    let mut request = [0; BUFFER];
+    let length = File::from(device).read(&mut request).act(act)?;
+    let words: Vec<u32> = request
+        .get(..length)
+        .unwrap_or_default()
+        .as_chunks::<4>()
+        .0
+        .iter()
+        .map(|word| u32::from_ne_bytes(*word))
+        .collect();
+    // A header of ten words, the second of which is the kind; then what INIT says, the versions first.
+    match (words.get(1), words.get(10), words.get(11)) {
+        (Some(&INIT), Some(&major), Some(&minor)) => Ok((major, minor)),
+        _ => Err(Trouble::errno(act, Errno::EPROTO)),
+    }
+}
