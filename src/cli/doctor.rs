@@ -76,30 +76,36 @@ struct Report {
 
 impl Report {
     fn make(state_dir: Result<PathBuf, Failed>, program: &Path) -> Self {
-        let (state_dir, place) = match state_dir {
-            Ok(path) => (Some(path.clone()), Place::in_state_dir(&path)),
-            Err(failed) => (None, Err(Trouble::said("choose a state directory", failed.to_string()))),
-        };
-        let (place, of_place) = match place {
-            Ok(place) => (Some(place), Ok(Found::with(told_of(state_dir.as_deref())))),
-            Err(trouble) => (None, Err(trouble)),
-        };
-        let setup =
-            place.as_ref().map(|Place(scratch)| Setup { scratch: scratch.clone(), program: program.into() });
-        let mut examination = probe::examine(setup.as_ref());
-        examination.add(Step::StateDirectory, of_place);
-        match place.as_ref().and_then(|Place(scratch)| scratch.parent()) {
-            Some(parent) => {
-                examination.add(Step::WholeBuild, probe::attempt(|| whole_build(program, parent)))
+        let mut place = None;
+        let mut of_place = Ok(Found::default());
+        let mut examination = probe::examine(|| {
+            match &state_dir {
+                Ok(path) => match Place::in_state_dir(path) {
+                    Ok(made) => {
+                        of_place = Ok(Found::with(told_of(path)));
+                        place = Some(made);
+                    }
+                    Err(trouble) => of_place = Err(trouble),
+                },
+                Err(failed) => of_place = Err(Trouble::said("choose a state directory", failed.to_string())),
             }
+            let scratch = place.as_ref().map(|Place(scratch)| scratch.clone())?;
+            Some(Setup { scratch, program: program.into() })
+        });
+        examination.add(Step::StateDirectory, of_place);
+        let enters = examination.outcome(Step::Enter).is_some_and(Outcome::is_usable);
+        match place.as_ref().and_then(|Place(scratch)| scratch.parent()) {
             None => examination.add_untried(Step::WholeBuild, Step::StateDirectory),
+            Some(_) if !enters => examination.add_untried(Step::WholeBuild, Step::Enter),
+            Some(parent) => {
+                examination.add(Step::WholeBuild, probe::attempt(|| whole_build(program, parent)));
+            }
         }
-        Self { verdict: verdict(&examination), state_dir, examination }
+        Self { verdict: verdict(&examination), state_dir: state_dir.ok(), examination }
     }
 }
 
-fn told_of(state_dir: Option<&Path>) -> String {
-    let Some(path) = state_dir else { return String::new() };
+fn told_of(path: &Path) -> String {
     match path.exists() {
         true => path.display().to_string(),
         false => format!("{}, not made yet", path.display()),

@@ -75,6 +75,9 @@ fn advise(step: Step, trouble: &Trouble, host: &Host) -> Advice {
         Step::Landlock => landlock(trouble),
         Step::Cgroup | Step::CgroupControllers => cgroup(trouble, host),
         Step::CgroupKill => Some(Advice::fix("cgroup.kill takes Linux 5.14")),
+        Step::StateDirectory => Some(Advice::fix(
+            "make it this user's own (chown), closed to others (chmod go-w) and empty at first, or choose another with --state-dir",
+        )),
         Step::StateSpace => Some(Advice::fix("make room, or choose another disk with --state-dir")),
         Step::StateExecute if trouble.as_errno() == Some(Errno::EPERM) => Some(Advice::new(
             "its file system is mounted noexec",
@@ -180,10 +183,8 @@ fn forbidden(host: &Host) -> Option<Advice> {
     match host.apparmor.as_deref() {
         Some(profile) if !profile.starts_with("unconfined") && host.seccomp != 2 => Some(Advice::new(
             format!("this program runs under the AppArmor profile {profile}"),
-            format!(
-                "let the profile allow `userns,` and `mount,` or run outside of it (container: --security-opt \
-                 apparmor=unconfined); see `dmesg | grep apparmor`"
-            ),
+            "let the profile allow `userns,` and `mount,` or run outside of it (container: --security-opt \
+                 apparmor=unconfined); see `dmesg | grep apparmor`",
         )),
         _ => None,
     }
@@ -314,7 +315,12 @@ fn proc(trouble: &Trouble, host: &Host) -> Option<Advice> {
 }
 
 fn fuse(trouble: &Trouble) -> Option<Advice> {
-    match trouble.as_errno()? {
+    let Some(errno) = trouble.as_errno() else {
+        return Some(Advice::fix(
+            "rm /dev/fuse; mknod -m 0666 /dev/fuse c 10 229; in a container: --device /dev/fuse",
+        ));
+    };
+    match errno {
         Errno::ENOENT => Some(Advice::fix(
             "load the module (modprobe fuse); in a container, pass the device: --device /dev/fuse",
         )),
@@ -330,9 +336,6 @@ fn fuse(trouble: &Trouble) -> Option<Advice> {
             "the kernel's part of FUSE is not there",
             "modprobe fuse, or use a kernel with CONFIG_FUSE_FS",
         )),
-        Errno::EINVAL | Errno::ENOTTY | Errno::EIO => {
-            Some(Advice::new("/dev/fuse is no FUSE device", "mknod -m 0666 /dev/fuse c 10 229"))
-        }
         _ => None,
     }
 }
@@ -352,6 +355,7 @@ fn landlock(trouble: &Trouble) -> Option<Advice> {
 fn cgroup(trouble: &Trouble, host: &Host) -> Option<Advice> {
     const DELEGATE: &str = "for a service: Delegate=yes in its unit; at a terminal: systemd-run --user --scope -p \
                             Delegate=yes cofferdam ... (root: without --user)";
+    const VERSION_2: &str = "boot with systemd.unified_cgroup_hierarchy=1 or cgroup_no_v1=all";
     if host.cgroup_dir().is_none() {
         return Some(match &host.cgroup {
             None => Advice::new(
@@ -365,6 +369,10 @@ fn cgroup(trouble: &Trouble, host: &Host) -> Option<Advice> {
         });
     }
     match (trouble.as_errno(), &trouble.why) {
+        (Some(Errno::EACCES | Errno::EPERM), _) if uses_v1(host) => Some(Advice::new(
+            "the group was not delegated to this user, and cgroup version 1 has the controllers on this machine",
+            format!("{VERSION_2}; then {DELEGATE}"),
+        )),
         (Some(Errno::EACCES | Errno::EPERM), _) => {
             Some(Advice::new("the group was not delegated to this user", DELEGATE))
         }
@@ -372,10 +380,9 @@ fn cgroup(trouble: &Trouble, host: &Host) -> Option<Advice> {
             "the cgroup file system is mounted read-only",
             "in a container: --privileged, or mount /sys/fs/cgroup writable with --cgroupns=private",
         )),
-        (None, Why::Said(_)) if uses_v1(host) => Some(Advice::new(
-            "cgroup version 1 has the controllers on this machine",
-            "boot with systemd.unified_cgroup_hierarchy=1 (cgroup_no_v1=all)",
-        )),
+        (None, Why::Said(_)) if uses_v1(host) => {
+            Some(Advice::new("cgroup version 1 has the controllers on this machine", VERSION_2))
+        }
         (None, Why::Said(_)) => Some(Advice::new("they were not delegated", DELEGATE)),
         _ => None,
     }

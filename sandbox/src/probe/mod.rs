@@ -77,11 +77,12 @@ impl Examination {
     }
 }
 
-/// Tries everything that needs no more than this crate. Without a setup, for want of a usable state directory, what
-/// needs one stays untried.
+/// Tries everything that needs no more than this crate. `setup` is called once, late, so that what it makes is not left
+/// by a program that is interrupted; where it yields nothing, what needs a place on disk stays untried for want of
+/// [`Step::StateDirectory`].
 ///
 /// Call this while the program has one thread. It takes about a second, and never longer than the steps' time limits.
-pub fn examine(setup: Option<&Setup>) -> Examination {
+pub fn examine(setup: impl FnOnce() -> Option<Setup>) -> Examination {
     let host = Host::read();
     let mut examination = Examination { mode: host.mode(), host, findings: Vec::new() };
     bare::try_all(&mut examination);

@@ -12,7 +12,7 @@ use nix::fcntl::{OFlag, openat};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::stat::Mode;
+use nix::sys::stat::{Mode, fstat, major, minor};
 
 use super::outcome::{Act, Found, Tried, Trouble};
 use crate::child::rootfs::{self, Kind};
@@ -132,8 +132,16 @@ pub fn fuse_device() -> Tried {
 }
 
 fn open_fuse() -> Result<OwnedFd, Trouble> {
+    const NUMBER: (u64, u64) = (10, 229);
     let flags = OFlag::O_RDWR | OFlag::O_CLOEXEC;
-    nix::fcntl::open(FUSE, flags, Mode::empty()).act("open /dev/fuse")
+    let device = nix::fcntl::open(FUSE, flags, Mode::empty()).act("open /dev/fuse")?;
+    let found = fstat(&device).act("look at /dev/fuse")?.st_rdev;
+    match (major(found), minor(found)) {
+        NUMBER => Ok(device),
+        (major, minor) => {
+            Err(Trouble::said("use /dev/fuse", format!("it is no FUSE device but number {major}:{minor}")))
+        }
+    }
 }
 
 /// Where the program stands: a FUSE mount on `at`, and the kernel's first request to it.

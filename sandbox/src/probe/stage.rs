@@ -3,7 +3,7 @@
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -29,8 +29,13 @@ const LIMIT: Duration = Duration::from_secs(120);
 /// Where mounts are put together if there is no state directory. Nothing is changed there.
 const ANY_DIRECTORY: &str = "/tmp";
 
+/// A step that is given a directory.
+type OnDisk = fn(&Path) -> Tried;
+/// A step that is given an open directory.
+type OnStaging = fn(BorrowedFd<'_>) -> Tried;
+
 /// Steps that need a place on the disk of the state directory, and nothing but that.
-const STORAGE: [(Step, fn(&Path) -> Tried); 4] = [
+const STORAGE: [(Step, OnDisk); 4] = [
     (Step::StateSpace, storage::space),
     (Step::StateExecute, storage::execute),
     (Step::StateAttributes, storage::attributes),
@@ -51,15 +56,18 @@ const IN_SANDBOX: [(Step, fn() -> Tried); 9] = [
 ];
 
 /// Steps of a sandbox that need a directory to mount on.
-const ON_STAGING: [(Step, fn(std::os::fd::BorrowedFd<'_>) -> Tried); 4] = [
+const ON_STAGING: [(Step, OnStaging); 4] = [
     (Step::BindMounts, mounts::bind),
     (Step::Devices, mounts::devices),
     (Step::Overlay, mounts::overlay),
     (Step::Pivot, mounts::pivot),
 ];
 
-/// Steps of the stage that need a place on the disk of the state directory.
-const NEED_SETUP: [Step; 3] = [Step::FuseMount, Step::StateOverlay, Step::WholeSandbox];
+/// Steps that need a place on the disk of the state directory.
+fn need_setup() -> impl Iterator<Item = Step> {
+    let storage = STORAGE.iter().map(|(step, _)| *step);
+    storage.chain([Step::FuseMount, Step::StateOverlay, Step::WholeSandbox])
+}
 
 /// What the stage says.
 #[derive(Serialize, Deserialize)]
@@ -71,26 +79,28 @@ enum Word {
 }
 
 /// Tries them all, and removes the setup's directory.
-pub fn try_all(examination: &mut Examination, setup: Option<&Setup>) {
-    for (step, act) in STORAGE {
-        match setup {
-            Some(setup) => examination.add(step, attempt(|| act(&setup.scratch))),
-            None => examination.add_untried(step, Step::StateDirectory),
-        }
-    }
+pub fn try_all(examination: &mut Examination, setup: impl FnOnce() -> Option<Setup>) {
     examination.add(Step::BuildIds, attempt(build_ids));
     let works = matches!(examination.outcome(Step::BuildIds), Some(Outcome::Works { .. }));
     if works && examination.mode == Mode::Single {
         examination.mode = Mode::Range;
     }
-    let entered =
-        attempt(|| ids::enter().map(|entered| Found::with(entered.identity.to_string())).map_err(Into::into));
-    examination.add(Step::Enter, entered);
-    if examination.outcome(Step::Enter).is_some_and(Outcome::is_usable) {
-        // Whatever it did not get to is untried because of that.
-        let whole = perform(examination, setup);
-        if let Err(trouble) = whole {
-            examination.add(Step::Enter, Err(trouble));
+    examination.add(Step::Enter, attempt(enter));
+    let setup = setup();
+    match examination.outcome(Step::Enter).is_some_and(Outcome::is_usable) {
+        true => {
+            if let Err(trouble) = perform(examination, setup.as_ref()) {
+                examination.add(Step::Enter, Err(trouble));
+            }
+        }
+        // What disks can do shows without namespaces too.
+        false => {
+            for (step, act) in STORAGE {
+                match &setup {
+                    Some(setup) => examination.add(step, attempt(|| act(&setup.scratch))),
+                    None => examination.add_untried(step, Step::StateDirectory),
+                }
+            }
         }
     }
     for step in all() {
@@ -104,13 +114,17 @@ pub fn try_all(examination: &mut Examination, setup: Option<&Setup>) {
     }
 }
 
+fn enter() -> Tried {
+    Ok(Found::with(ids::enter()?.identity.to_string()))
+}
+
 /// What the stage tries.
 fn all() -> impl Iterator<Item = Step> {
     let sandbox = IN_SANDBOX.iter().map(|(step, _)| *step);
     let staging = ON_STAGING.iter().map(|(step, _)| *step);
     let others =
         [Step::Clone, Step::IdMaps, Step::Propagation, Step::Groups, Step::FuseDevice, Step::Spawner];
-    sandbox.chain(staging).chain(others).chain(NEED_SETUP)
+    sandbox.chain(staging).chain(others).chain(need_setup())
 }
 
 fn build_ids() -> Tried {
@@ -236,7 +250,7 @@ impl Stage {
         }
         match setup {
             Some(setup) => self.on_disk(setup, cloned),
-            None => NEED_SETUP.iter().for_each(|step| self.say(&Word::Untried(*step, Step::StateDirectory))),
+            None => need_setup().for_each(|step| self.say(&Word::Untried(step, Step::StateDirectory))),
         }
     }
 
@@ -294,6 +308,9 @@ impl Stage {
     }
 
     fn on_disk(&self, setup: &Setup, cloned: bool) {
+        for (step, act) in STORAGE {
+            self.tell(step, attempt(|| act(&setup.scratch)));
+        }
         self.tell(Step::FuseMount, attempt(|| mounts::fuse_mount(&setup.scratch)));
         if cloned {
             self.tell(Step::StateOverlay, storage::overlay(&setup.scratch, &self.identity));

@@ -73,7 +73,7 @@ fn kind(dir: &Path) -> String {
         (0xff53_4d42, "cifs"),
     ];
     let Ok(found) = statfs(dir) else { return "an unknown file system".into() };
-    let magic = found.filesystem_type().0 as i64;
+    let magic = found.filesystem_type().0;
     let name = names.iter().find(|(known, _)| *known == magic & 0xffff_ffff);
     name.map_or_else(|| format!("file system {magic:#x}"), |(_, name)| (*name).to_owned())
 }
