@@ -4,6 +4,8 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
+use crate::isolation::Demands;
+
 /// Everything about a worker that can be chosen.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -21,6 +23,8 @@ pub struct Settings {
     pub network: NetworkPolicy,
     /// The program that is `/bin/sh` for builds that ask for one; it must be statically linked.
     pub shell: Option<PathBuf>,
+    /// What is demanded of the sandbox.
+    pub isolation: Demands,
 }
 
 /// What becomes of a state directory.
@@ -55,21 +59,24 @@ impl Settings {
             allowed_host_paths: Vec::new(),
             network: NetworkPolicy::Refused,
             shell: None,
+            isolation: Demands::default(),
         }
     }
 
-    /// Whether builds may see the host's `path`: it lies under an allowed one as it is written, and also where symbolic
-    /// links lead, so that nobody who may write there can lead elsewhere.
+    /// Where the host's `path` lies, free of symbolic links, if builds may see it: it must lie under an allowed one as it
+    /// is written, and also where links lead, so that nobody who may write there can lead elsewhere. `None`: they may not.
     ///
     /// # Errors
     /// Where the path can't be looked up.
-    pub fn allows(&self, path: &Path) -> io::Result<bool> {
+    pub fn resolve_host_path(&self, path: &Path) -> io::Result<Option<PathBuf>> {
         let mut under = self.allowed_host_paths.iter().filter(|allowed| path.starts_with(allowed)).peekable();
         if under.peek().is_none() {
-            return Ok(false);
+            return Ok(None);
         }
         let real = path.canonicalize()?;
-        Ok(under.any(|allowed| allowed.canonicalize().is_ok_and(|allowed| real.starts_with(allowed))))
+        let allowed =
+            under.any(|allowed| allowed.canonicalize().is_ok_and(|allowed| real.starts_with(allowed)));
+        Ok(allowed.then_some(real))
     }
 }
 

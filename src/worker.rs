@@ -18,6 +18,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use crate::build::{Builder, ScratchError};
 use crate::castore::{LocalStore, Store, StoreError};
 use crate::config::{Lifetime, Settings};
+use crate::isolation::{Demand, Ids, Inputs, Lacking, Layer, Network, Strength};
 use crate::view::{View, ViewError};
 
 /// The file by which a state directory is known and locked.
@@ -95,6 +96,9 @@ pub enum WorkerStartError {
     /// There are no namespaces to be had.
     #[error(transparent)]
     Enter(#[from] EnterError),
+    /// A layer that is required can't be had.
+    #[error(transparent)]
+    Lacking(#[from] Lacking),
     /// There is no spawner.
     #[error(transparent)]
     Spawner(#[from] SpawnError),
@@ -119,11 +123,15 @@ impl Groundwork {
     pub fn lay(settings: Settings) -> Result<Self, WorkerStartError> {
         // The lock before the fork: the spawner holds it too, until it has removed what builds left.
         let state = StateDir::take(&settings.state_dir, settings.lifetime)?;
-        let Entered { identity, note, kept_groups, claim } = cofferdam_sandbox::ids::enter()?;
-        match note {
-            Some(note) => tracing::info!(%identity, "builds share one id: {note}"),
-            None => tracing::debug!(%identity, "identities"),
-        }
+        let demand = settings.isolation.ids;
+        let wanted = if demand == Demand::Off { Ids::Shared } else { Ids::Own };
+        let Entered { identity, note, kept_groups, claim } = cofferdam_sandbox::ids::enter(wanted.into())?;
+        let own = match Ids::from(&identity) {
+            Ids::Own => Ok(()),
+            Ids::Shared => Err(note.unwrap_or_default()),
+        };
+        demand.settle(Layer::Ids, || own)?;
+        tracing::info!(%identity, "identities");
         if !kept_groups.is_empty() {
             tracing::warn!(
                 "builds may read what groups {kept_groups:?} of this user may: with one id the kernel lets nobody drop them \
@@ -156,7 +164,9 @@ impl Groundwork {
         let cpus = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
         let threads = cpus.saturating_mul(NonZeroUsize::new(VIEW_THREADS_PER_CPU).unwrap_or(cpus));
         let view = View::mount(store.clone(), &at, identity.inputs_owner(), threads)?;
-        let builder = Builder::new(settings, identity, spawner, store.clone(), view, &state.builds())?;
+        let strength = Strength { ids: Ids::from(&identity), inputs: Inputs::Fuse, network: Network::None };
+        let builder =
+            Builder::new(settings, identity, strength, spawner, store.clone(), view, &state.builds())?;
         Ok(Worker { store, builder, _state: state, _claim: claim })
     }
 }

@@ -169,6 +169,15 @@ impl fmt::Display for Identity {
     }
 }
 
+/// Whether builds should have ids of their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OwnIds {
+    /// If they can be had.
+    Wanted,
+    /// They run under that of the program, which must not be root.
+    Unwanted,
+}
+
 /// What [`enter`] found.
 #[derive(Debug)]
 pub struct Entered {
@@ -221,6 +230,9 @@ pub enum EnterError {
          kernel.apparmor_restrict_unprivileged_userns in sysctl)"
     )]
     UserNamespace(Errno),
+    /// Root's own id is not for builds.
+    #[error("root's builds need ids of their own, or they would run as root")]
+    BuildsAsRoot,
     /// No mount namespace.
     #[error("can't make a mount namespace: {0}")]
     MountNamespace(Errno),
@@ -255,8 +267,12 @@ pub enum EnterError {
 ///
 /// # Errors
 /// Where the kernel refuses a namespace. The message names the settings that do so.
-pub fn enter() -> Result<Entered, EnterError> {
-    let entered = if is_privileged() { enter_as_root()? } else { enter_unprivileged()? };
+pub fn enter(own_ids: OwnIds) -> Result<Entered, EnterError> {
+    let entered = match (is_privileged(), own_ids) {
+        (true, OwnIds::Wanted) => enter_as_root()?,
+        (true, OwnIds::Unwanted) => return Err(EnterError::BuildsAsRoot),
+        (false, own_ids) => enter_unprivileged(own_ids)?,
+    };
     // The host's later unmounts must reach this namespace, or it would keep its disks busy; nothing goes back.
     let none: Option<&str> = None;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none).map_err(EnterError::Propagation)?;
@@ -314,12 +330,16 @@ fn free_range(map: &str) -> Option<IdRange> {
     best
 }
 
-fn enter_unprivileged() -> Result<Entered, EnterError> {
+fn enter_unprivileged(own_ids: OwnIds) -> Result<Entered, EnterError> {
     let (uid, gid) = (Uid::effective(), Gid::effective());
     // Inside of the namespace they will all look like nobody's.
     let groups = unistd::getgroups().unwrap_or_default();
     let namespaces = CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS;
-    let missing = match Subordinate::find(uid) {
+    let ranges = match own_ids {
+        OwnIds::Wanted => Subordinate::find(uid),
+        OwnIds::Unwanted => Err("not wanted".into()),
+    };
+    let missing = match ranges {
         Ok(ranges) => {
             let helper = MapHelper::start(&ranges, uid, gid)?;
             unshare(namespaces).map_err(EnterError::UserNamespace)?;

@@ -22,7 +22,9 @@ pub mod ids;
 pub mod plan;
 pub mod probe;
 mod report;
+mod sabotage;
 pub mod scratch;
+mod sources;
 mod spawner;
 mod sys;
 

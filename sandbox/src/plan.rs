@@ -14,8 +14,6 @@ use crate::ids::IdMap;
 pub struct Plan {
     /// Where relative sources start: an absolute directory outside of the sandbox.
     pub base: PathBuf,
-    /// An empty directory, relative to `base`, on which the new root is put together.
-    pub staging: PathBuf,
     /// Who the command is, inside and outside.
     pub ids: IdMap,
     /// The root directory. It is read-only once everything is in place.
@@ -84,7 +82,7 @@ pub enum Mount {
     },
     /// A file, directory or device of the host with all that is mounted below it, read-only.
     HostPath {
-        /// The path, absolute; symbolic links are followed.
+        /// The path, absolute and free of symbolic links.
         source: PathBuf,
     },
     /// The inputs, read-only.

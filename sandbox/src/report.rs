@@ -105,6 +105,8 @@ pub enum Step {
     Streams,
     /// The sources of mounts are opened.
     OpenSource,
+    /// The opened sources are passed on.
+    PassSources,
     /// The child becomes the sandbox's root.
     BecomeRoot,
     /// Mount propagation is cut.
@@ -146,9 +148,9 @@ impl Step {
             (Step::Clone, Errno::EPERM | Errno::EACCES) => Some(
                 "user namespaces are not allowed here; see kernel.unprivileged_userns_clone and AppArmor",
             ),
-            (Step::OpenSource, Errno::EACCES) => Some(
-                "a directory on the way to it is closed to the sandbox, which has no more rights than its owner's id",
-            ),
+            (Step::OpenSource, Errno::ELOOP) => {
+                Some("it, or a directory on the way to it, has become a symbolic link")
+            }
             (Step::Clone, Errno::ENOSPC | Errno::EUSERS) => Some("see user.max_*_namespaces in /proc/sys"),
             (Step::Mount, Errno::EPERM) if object == "proc" => Some(
                 "a container that masks parts of /proc forbids a fresh one; run it with an unmasked /proc",
@@ -167,6 +169,7 @@ impl fmt::Display for Step {
             Step::Pipe => "make a pipe",
             Step::Streams => "put the standard streams in place",
             Step::OpenSource => "open",
+            Step::PassSources => "pass the sources of mounts on",
             Step::BecomeRoot => "become the sandbox's root",
             Step::Propagation => "cut mount propagation",
             Step::RootTmpfs => "make the sandbox's root",

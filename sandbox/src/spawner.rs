@@ -27,7 +27,7 @@ use nix::sys::stat::{fstat, stat};
 use serde::{Deserialize, Serialize};
 
 use crate::plan::Plan;
-use crate::sys;
+use crate::{sources, sys};
 
 /// What the spawner is called in lists of processes, and how it is told from the program proper.
 const TITLE: &str = "cofferdam: spawner";
@@ -37,7 +37,7 @@ const TITLE: &str = "cofferdam: spawner";
 enum Subject {
     /// What the program leaves: a message, and a lock.
     Estate,
-    /// A sandbox: the plan, standard output, standard error, and the control socket.
+    /// A sandbox: the plan, what it is made of, standard output, standard error, and the control socket.
     Sandbox,
 }
 
@@ -87,6 +87,9 @@ pub enum SpawnError {
         /// Where it was.
         path: PathBuf,
     },
+    /// Something of the host that the sandbox is made of can't be opened.
+    #[error(transparent)]
+    Source(#[from] crate::SetupFailure),
     /// The spawner process is gone.
     #[error("the spawner is gone")]
     Gone,
@@ -128,6 +131,8 @@ impl Spawner {
         let mut command = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()));
         // Nothing of the program's arguments and environment goes into the sandboxes.
         command.arg0(TITLE).env_clear().stdin(theirs).stdout(std::process::Stdio::null());
+        #[cfg(feature = "sabotage")]
+        command.env(crate::sabotage::VARIABLE, crate::sabotage::left_out());
         let process = command.spawn().map_err(SpawnError::Start)?;
         let spawner = Self { process, socket: Some(ours) };
         let message = write_message(leftovers)?;
@@ -153,17 +158,19 @@ impl Spawner {
         })
     }
 
-    /// Asks for a sandbox. That it could not be made is told by its [`Report`](crate::Report).
+    /// Asks for a sandbox, after opening what it is made of, which may block. That it could not be made is told by its
+    /// [`Report`](crate::Report).
     ///
     /// # Errors
-    /// Where the spawner can't be reached.
+    /// Where a source can't be opened, or the spawner can't be reached.
     pub fn spawn(&self, plan: &Plan, stdio: Stdio) -> Result<Sandbox, SpawnError> {
         let message = write_message(plan)?;
+        let sources = sources::open(plan)?;
         let (control, theirs) =
             UnixStream::pair().map_err(|source| SpawnError::Io { act: "make a socket", source })?;
         self.send(
             Subject::Sandbox,
-            &[message.as_fd(), stdio.stdout.as_fd(), stdio.stderr.as_fd(), theirs.as_fd()],
+            &[message.as_fd(), sources.as_fd(), stdio.stdout.as_fd(), stdio.stderr.as_fd(), theirs.as_fd()],
         )?;
         Ok(Sandbox { control })
     }

@@ -71,10 +71,10 @@ pub fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: c_int) -> Result<(), Err
     Errno::result(answer).map(drop)
 }
 
-/// Marks every descriptor from `first` on close-on-exec, or closes it.
-pub fn close_range(first: RawFd, flags: c_uint) -> Result<(), Errno> {
+/// Marks every descriptor from `first` to `last` close-on-exec, or closes it.
+pub fn close_range(first: RawFd, last: RawFd, flags: c_uint) -> Result<(), Errno> {
     // SAFETY: plain integers. Where descriptors are closed, the callers are children that own none of them.
-    let answer = unsafe { libc::syscall(libc::SYS_close_range, first as c_uint, c_uint::MAX, flags) };
+    let answer = unsafe { libc::syscall(libc::SYS_close_range, first as c_uint, last as c_uint, flags) };
     Errno::result(answer).map(drop)
 }
 
@@ -86,6 +86,16 @@ pub fn open_tree(path: &CStr, recursive: bool) -> Result<OwnedFd, Errno> {
     }
     // SAFETY: `path` is a C string that lives across the call.
     owned(unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) })
+}
+
+/// A detached copy of the mount that `place` lies on, from there, with all mounts below it if `recursive`.
+pub fn open_tree_of(place: BorrowedFd<'_>, recursive: bool) -> Result<OwnedFd, Errno> {
+    let mut flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_EMPTY_PATH as c_uint;
+    if recursive {
+        flags |= libc::AT_RECURSIVE as c_uint;
+    }
+    // SAFETY: the path is a C string; the flags say that it is empty.
+    owned(unsafe { libc::syscall(libc::SYS_open_tree, place.as_raw_fd(), c"".as_ptr(), flags) })
 }
 
 /// Attaches the detached mount `tree` on what `at` refers to.

@@ -36,12 +36,14 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::castore::Store;
 use crate::castore::closure::Closure;
 use crate::config::Settings;
+use crate::isolation::{self, Strength};
 use crate::refscan::Patterns;
 use crate::view::{Exposed, View};
 
 use admission::{Slot, Slots};
 use error::{Cause, Fault, WorkerError, WorkerPart};
 use events::{Event, Output};
+use offer::Offer;
 use outputs::{Intake, IntakeError};
 use plan::{Layout, Site};
 use request::{Network, Request};
@@ -67,6 +69,8 @@ pub struct Builder(Arc<Means>);
 struct Means {
     settings: Settings,
     identity: Identity,
+    /// What sandboxes are made of, but for the network, which each build chooses.
+    strength: Strength,
     // Before the spawner, which waits for its sandboxes: they may be waiting for the view.
     view: View,
     spawner: Spawner,
@@ -82,6 +86,8 @@ struct Means {
 pub struct Build {
     /// The worker's name for it.
     pub id: String,
+    /// What its sandbox is made of.
+    pub strength: Strength,
     events: mpsc::Receiver<Event>,
     end: Option<oneshot::Receiver<Result<(), Fault>>>,
 }
@@ -122,6 +128,7 @@ impl Builder {
     pub fn new(
         settings: Settings,
         identity: Identity,
+        strength: Strength,
         spawner: Spawner,
         store: Store,
         view: View,
@@ -133,6 +140,7 @@ impl Builder {
         Ok(Self(Arc::new(Means {
             settings,
             identity,
+            strength,
             spawner,
             store,
             view,
@@ -154,18 +162,30 @@ impl Builder {
         let request = Arc::new(request);
         let check = {
             let (means, request) = (Arc::clone(&self.0), Arc::clone(&request));
-            move || means.offers(&request).map_err(Fault::from).and_then(|()| means.has_inputs(&request))
+            move || {
+                let offer = means.offers(&request)?;
+                means.has_inputs(&request)?;
+                Ok::<_, Fault>(offer)
+            }
         };
-        blocking(check).await??;
+        let offer = blocking(check).await??;
         let slot = self.0.slots.acquire().await?;
 
         let id = new_id().map_err(|error| WorkerError::new(WorkerPart::Program, error))?;
         let (sender, events) = mpsc::channel(EVENTS_IN_FLIGHT);
         let (tell_end, end) = oneshot::channel();
         let lease = Arc::new(Lease { means: Arc::clone(&self.0), slot });
-        let running = Arc::new(Running { lease, request, id: id.clone() });
+        let strength = Strength {
+            network: match request.constraints.network {
+                Network::None => isolation::Network::None,
+                Network::Required => isolation::Network::Host,
+            },
+            ..self.0.strength.clone()
+        };
+        tracing::info!(build = %id, isolation = %strength, "build started");
+        let running = Arc::new(Running { lease, request, offer, id: id.clone() });
         tokio::spawn(running.run(tell_end, sender));
-        Ok(Build { id, events, end: Some(end) })
+        Ok(Build { id, strength, events, end: Some(end) })
     }
 
     /// Refuses new builds from now on, and waits until those that run have ended.
@@ -222,6 +242,7 @@ impl Lease {
 struct Running {
     lease: Arc<Lease>,
     request: Arc<Request>,
+    offer: Offer,
     /// Its name, also of its directories in the view and on disk.
     id: String,
 }
@@ -360,6 +381,7 @@ impl Running {
             build_dir: self.lease.scratch.path_of(&self.id),
             inputs: exposed.map(|exposed| exposed.path().into()),
             ids: self.lease.identity.map(self.lease.slot_number()),
+            host_paths: self.offer.host_paths.clone(),
             shell: self.lease.settings.shell.clone(),
             network_files,
         }

@@ -1,5 +1,7 @@
 //! Whether this worker can carry out a request: what it offers, and whether it has the inputs.
 
+use std::path::PathBuf;
+
 use nix::sys::sysinfo::sysinfo;
 
 use super::Means;
@@ -7,9 +9,16 @@ use super::error::{Fault, UnfitInputs, Unsupported, WorkerError, WorkerPart};
 use super::request::{Network, Request, SandboxPath, Shell};
 use crate::config::NetworkPolicy;
 
+/// What this worker gives to a request.
+#[derive(Debug)]
+pub(super) struct Offer {
+    /// Where the host paths lie that it asks for, in its order.
+    pub host_paths: Vec<PathBuf>,
+}
+
 impl Means {
     /// Checks that this worker offers what the request needs. It may look at the disk.
-    pub(super) fn offers(&self, request: &Request) -> Result<(), Unsupported> {
+    pub(super) fn offers(&self, request: &Request) -> Result<Offer, Unsupported> {
         let needs = &request.constraints;
         let offered = systems();
         if let Some(wanted) = needs.system.as_ref().filter(|wanted| !offered.contains(wanted)) {
@@ -21,20 +30,19 @@ impl Means {
         {
             return Err(Unsupported::Memory { wanted: needs.min_memory, offered });
         }
-        for path in &needs.ro_paths {
-            match self.settings.allows(path) {
-                Ok(true) => {}
-                Ok(false) => return Err(Unsupported::HostPath { path: path.clone() }),
-                Err(source) => return Err(Unsupported::HostPathMissing { path: path.clone(), source }),
-            }
-        }
+        let host_paths = needs.ro_paths.iter().map(|path| match self.settings.resolve_host_path(path) {
+            Ok(Some(real)) => Ok(real),
+            Ok(None) => Err(Unsupported::HostPath { path: path.clone() }),
+            Err(source) => Err(Unsupported::HostPathMissing { path: path.clone(), source }),
+        });
+        let host_paths = host_paths.collect::<Result<_, _>>()?;
         match (needs.network, self.settings.network) {
             (Network::Required, NetworkPolicy::Refused) => return Err(Unsupported::NoNetwork),
             (Network::Required, NetworkPolicy::Host) | (Network::None, _) => {}
         }
         match (needs.shell, &self.settings.shell) {
             (Shell::Required, None) => Err(Unsupported::NoShell),
-            _ => Ok(()),
+            _ => Ok(Offer { host_paths }),
         }
     }
 

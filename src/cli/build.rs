@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
+use super::isolation::IsolationArgs;
 use super::render::{self, End, Format};
 use super::{Failed, Signals, StateArgs, cannot, path_parser, runtime, shell, start_failed_here};
 use crate::address::Address;
@@ -25,7 +26,7 @@ pub struct BuildArgs {
     #[arg(value_name = "REQUEST.json")]
     request: PathBuf,
     /// Have a daemon do it: unix:PATH, HOST:PORT, grpc+unix:PATH or grpc+http://HOST:PORT
-    #[arg(long, value_name = "ADDR", conflicts_with_all = ["state_dir", "allow_host_path", "sandbox_shell"])]
+    #[arg(long, value_name = "ADDR", conflicts_with_all = ["state_dir", "allow_host_path", "sandbox_shell", "isolation"])]
     to: Option<Address>,
     /// Print each event as a line of JSON
     #[arg(long)]
@@ -38,6 +39,8 @@ pub struct BuildArgs {
     /// Give the build this statically linked program as /bin/sh, if the request asks for one
     #[arg(long, value_name = "PATH", value_parser = path_parser())]
     sandbox_shell: Option<PathBuf>,
+    #[command(flatten)]
+    isolation: IsolationArgs,
 }
 
 /// Carries out the request. Yields the exit code.
@@ -55,6 +58,7 @@ pub fn run(args: BuildArgs) -> Result<u8, Failed> {
             settings.max_builds = NonZeroUsize::MIN;
             settings.allowed_host_paths = args.allow_host_path;
             settings.shell = args.sandbox_shell.map(shell::checked).transpose()?;
+            args.isolation.apply(&mut settings);
             let ground = Groundwork::lay(settings).map_err(start_failed_here)?;
             let runtime = runtime()?;
             let worker = ground.build()?;

@@ -8,6 +8,7 @@ use clap::Args;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use super::isolation::IsolationArgs;
 use super::{Failed, Signals, StateArgs, path_parser, remark, runtime, shell};
 use crate::address::Address;
 use crate::build::Builder;
@@ -41,6 +42,8 @@ pub struct DaemonArgs {
     /// Give builds that ask for a shell this statically linked program as /bin/sh
     #[arg(long, value_name = "PATH", value_parser = path_parser())]
     sandbox_shell: Option<PathBuf>,
+    #[command(flatten)]
+    isolation: IsolationArgs,
     /// Listen on TCP although everyone who reaches the port can then read the store and run builds
     #[arg(long)]
     insecure: bool,
@@ -70,6 +73,7 @@ pub fn run(mut args: DaemonArgs) -> Result<u8, Failed> {
     settings.max_waiting = args.max_waiting;
     settings.allowed_host_paths = args.allow_host_path;
     settings.shell = args.sandbox_shell.map(shell::checked).transpose()?;
+    args.isolation.apply(&mut settings);
     if args.allow_host_network {
         settings.network = NetworkPolicy::Host;
     }

@@ -3,6 +3,7 @@
 pub mod build;
 pub mod daemon;
 pub mod doctor;
+mod isolation;
 mod render;
 pub mod run;
 mod shell;

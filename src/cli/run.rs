@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use clap::Args;
 use nix::unistd::{AccessFlags, eaccess};
 
+use super::isolation::IsolationArgs;
 use super::render::{End, Format};
 use super::{Failed, Signals, build, cannot, path_parser, remark, runtime, store};
 use crate::build::events::Output;
@@ -69,6 +70,8 @@ pub struct RunArgs {
     /// Print each event as a line of JSON instead of what the command writes
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    isolation: IsolationArgs,
     /// Keep the store in DIR, so that inputs seen before cost less [default: a temporary directory in $TMPDIR or
     /// /var/tmp]
     #[arg(long, value_name = "DIR")]
@@ -84,7 +87,7 @@ pub struct RunArgs {
 /// Where it is cofferdam that fails, or an argument makes no sense.
 pub fn run(args: RunArgs) -> Result<u8, Failed> {
     super::start_logging("warn")?;
-    let wanted = Wanted::from_args(args)?;
+    let (isolation, wanted) = Wanted::from_args(args)?;
     let (state_dir, lifetime) = match &wanted.state_dir {
         Some(dir) => (dir.clone(), Lifetime::Lasting),
         None => (temporary_dir()?, Lifetime::Ephemeral),
@@ -93,6 +96,7 @@ pub fn run(args: RunArgs) -> Result<u8, Failed> {
     settings.max_builds = NonZeroUsize::MIN;
     settings.allowed_host_paths = wanted.draft.constraints.ro_paths.clone();
     settings.network = NetworkPolicy::Host;
+    isolation.apply(&mut settings);
     let ground = Groundwork::lay(settings)?;
     let runtime = runtime()?;
     let worker = ground.build()?;
@@ -142,7 +146,7 @@ struct Wanted {
 }
 
 impl Wanted {
-    fn from_args(args: RunArgs) -> Result<Self, Failed> {
+    fn from_args(args: RunArgs) -> Result<(IsolationArgs, Self), Failed> {
         let inputs = inputs(&args.input)?;
         if let Some(rootfs) = &args.rootfs {
             std::fs::read_dir(rootfs).map_err(|error| cannot("use root file system", rootfs, error))?;
@@ -174,7 +178,7 @@ impl Wanted {
         // The inputs may take minutes to copy: whatever is wrong without them is told before.
         let draft = Request::new(draft).map_err(in_options)?.into_draft();
         check_destination(&args.out_dir, &outputs)?;
-        Ok(Self {
+        let wanted = Self {
             draft,
             rootfs: args.rootfs,
             inputs,
@@ -182,7 +186,8 @@ impl Wanted {
             out_dir: args.out_dir,
             state_dir: args.state_dir,
             format: if args.json { Format::Json } else { Format::Plain },
-        })
+        };
+        Ok((args.isolation, wanted))
     }
 
     /// Takes the inputs into the store and completes the request with them.

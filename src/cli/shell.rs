@@ -17,7 +17,8 @@ const PT_INTERP: u32 = 3;
 pub fn checked(path: PathBuf) -> Result<PathBuf, Failed> {
     let fail = |why: String| cannot("use the shell", &path, format!("{why} (--sandbox-shell)"));
     match is_static(&path) {
-        Ok(Ok(())) => Ok(path),
+        // The sandbox follows no symbolic link out of itself.
+        Ok(Ok(())) => path.canonicalize().map_err(|error| fail(error.to_string())),
         Ok(Err(why)) => Err(fail(why.into())),
         Err(error) => Err(fail(error.to_string())),
     }

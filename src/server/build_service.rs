@@ -6,11 +6,13 @@ use std::task::{Context, Poll};
 use cofferdam_proto::build as wire;
 use cofferdam_proto::build::build_service_server::{BuildService, BuildServiceServer};
 use tokio_stream::Stream;
+use tonic::metadata::MetadataValue;
 use tonic::{Code, Request, Response, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::build::error::{Fault, FaultKind, Unsupported};
 use crate::build::{Build, Builder, request};
+use crate::isolation;
 
 /// Longest request in bytes: what its additional files may hold, and room for all the rest.
 pub const MAX_REQUEST_BYTES: usize = request::limits::ADDITIONAL_BYTES + (28 << 20);
@@ -38,8 +40,13 @@ impl BuildService for Builds {
             builder.start(request).await
         };
         let build = start.await.map_err(|fault: Fault| status(&fault))?;
-        tracing::info!(build = %build.id, "build started");
-        Ok(Response::new(Events { build }))
+        let strength = MetadataValue::try_from(build.strength.to_string());
+        let mut response = Response::new(Events { build });
+        // It is made of words and digits.
+        if let Ok(strength) = strength {
+            response.metadata_mut().insert(isolation::METADATA, strength);
+        }
+        Ok(response)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::ffi::CString;
 use std::fs::File;
+use std::os::fd::RawFd;
 
 use nix::errno::Errno;
 use nix::sys::personality::{self, Persona};
@@ -11,6 +12,7 @@ use nix::unistd::{self, ForkResult, Pid};
 use super::send;
 use crate::plan::{Command, Plan};
 use crate::report::{ExitStatus, Report, SetupFailure, Step};
+use crate::sabotage::{Layer, kept};
 use crate::sys;
 
 /// Where programs without a slash are looked for if the environment does not say: as `execvp(3)` does.
@@ -53,17 +55,24 @@ fn reap_until(build: Pid) -> ExitStatus {
 /// Becomes the command. Comes back with the reason if that fails.
 fn become_build(command: &Command) -> Result<Errno, SetupFailure> {
     // A session of its own: no terminal, no one else's signals.
-    unistd::setsid().map_err(|errno| SetupFailure::new(Step::Fork, errno, ""))?;
-    umask(Mode::from_bits_truncate(0o022));
+    if kept(Layer::Session) {
+        unistd::setsid().map_err(|errno| SetupFailure::new(Step::Fork, errno, ""))?;
+    }
+    if kept(Layer::Signals) {
+        umask(Mode::from_bits_truncate(0o022));
+    }
     // Addresses are the same in every run, as in Nix's sandbox. Some outer sandboxes forbid the call.
     let _ = personality::set(Persona::ADDR_NO_RANDOMIZE);
     let working_dir = std::path::Path::new("/").join(&command.working_dir);
     unistd::chdir(&working_dir)
         .map_err(|errno| SetupFailure::new(Step::WorkingDir, errno, working_dir.display().to_string()))?;
     // The report's pipe is closed by a successful execve, and only by that.
-    sys::close_range(3, libc::CLOSE_RANGE_CLOEXEC)
+    let last = if kept(Layer::Descriptors) { RawFd::MAX } else { super::LEAKED - 1 };
+    sys::close_range(3, last, libc::CLOSE_RANGE_CLOEXEC)
         .map_err(|errno| SetupFailure::new(Step::Streams, errno, ""))?;
-    sys::reset_signals();
+    if kept(Layer::Signals) {
+        sys::reset_signals();
+    }
     Ok(execute(command))
 }
 

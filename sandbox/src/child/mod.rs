@@ -2,13 +2,14 @@
 //! kernel demands.
 
 mod init;
+pub(crate) mod masks;
 mod net;
 pub(crate) mod privileges;
 pub(crate) mod rootfs;
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
 use std::panic::AssertUnwindSafe;
 
 use nix::errno::Errno;
@@ -21,7 +22,11 @@ use nix::unistd;
 
 use crate::plan::Plan;
 use crate::report::{Report, SetupFailure, Step};
-use crate::sys;
+use crate::sabotage::{Layer, kept};
+use crate::{sources, sys};
+
+/// Where [`Layer::Descriptors`] left out shows.
+const LEAKED: RawFd = 9;
 
 /// What the first process of a sandbox is given by the spawner.
 pub struct Streams {
@@ -31,6 +36,8 @@ pub struct Streams {
     pub stderr: OwnedFd,
     /// Takes reports.
     pub report: OwnedFd,
+    /// Yields what the sandbox is made of.
+    pub sources: OwnedFd,
     /// Yields one byte when the id map is written, and ends with the spawner.
     pub go: OwnedFd,
 }
@@ -46,18 +53,20 @@ pub fn run(plan: &Plan, streams: Streams) -> ! {
 
 fn first_process(plan: &Plan, streams: Streams) -> i32 {
     match streams.arrange() {
-        Ok(Arranged { report, go }) => match set_up(plan, go).and_then(|()| init::run(plan, &report)) {
-            Ok(()) => 0,
-            Err(failure) => {
-                send(&report, &Report::NotSetUp(failure));
-                1
+        Ok(Arranged { report, go, sources }) => {
+            match set_up(plan, go, sources).and_then(|()| init::run(plan, &report)) {
+                Ok(()) => 0,
+                Err(failure) => {
+                    send(&report, &Report::NotSetUp(failure));
+                    1
+                }
             }
-        },
+        }
         Err(_) => 1,
     }
 }
 
-fn set_up(plan: &Plan, mut go: File) -> Result<(), SetupFailure> {
+fn set_up(plan: &Plan, mut go: File, sources: File) -> Result<(), SetupFailure> {
     // Until the map is written this process has no ids to make anything with.
     let mut byte = [0];
     go.read_exact(&mut byte).map_err(|_| SetupFailure::new(Step::MapIds, Errno::EPIPE, ""))?;
@@ -65,13 +74,16 @@ fn set_up(plan: &Plan, mut go: File) -> Result<(), SetupFailure> {
     umask(Mode::empty());
 
     privileges::leave_keyring()?;
-    // Before the ids change: afterwards the daemon's directories may be out of reach.
-    let sources = rootfs::open_sources(plan)?;
+    let sources = sources::receive(plan, sources.as_fd())?;
     privileges::become_root(&plan.ids)?;
     rootfs::assemble(plan, sources)?;
     net::set_up(plan.network)?;
-    set_names()?;
-    privileges::limit()?;
+    if kept(Layer::Uts) {
+        set_names()?;
+    }
+    if kept(Layer::Limits) {
+        privileges::limit()?;
+    }
     privileges::drop_all()?;
     // After the last change of ids, which clears it.
     tie_to_spawner(go.as_fd())
@@ -100,6 +112,7 @@ fn tie_to_spawner(go: BorrowedFd<'_>) -> Result<(), SetupFailure> {
 struct Arranged {
     report: File,
     go: File,
+    sources: File,
 }
 
 impl Streams {
@@ -109,13 +122,18 @@ impl Streams {
         let stdin = nix::fcntl::open("/dev/null", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?;
         // Out of the way first, so that none is overwritten before it is placed.
         let lift = |fd: OwnedFd| fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(10));
-        let lifted =
-            [lift(stdin)?, lift(self.stdout)?, lift(self.stderr)?, lift(self.report)?, lift(self.go)?];
+        let streams = [stdin, self.stdout, self.stderr, self.report, self.go, self.sources];
+        let lifted = streams.map(lift);
         for (target, fd) in (0..).zip(lifted) {
-            sys::place_fd(fd, target)?;
+            sys::place_fd(fd?, target)?;
         }
-        sys::close_range(5, 0)?;
-        Ok(Arranged { report: sys::adopt(3)?, go: sys::adopt(4)? })
+        sys::close_range(6, RawFd::MAX, 0)?;
+        if !kept(Layer::Descriptors) {
+            // What must not happen: the build holds a directory of the host.
+            let leak = nix::fcntl::open("/", OFlag::O_PATH | OFlag::O_DIRECTORY, Mode::empty())?;
+            sys::place_fd(leak.into_raw_fd(), LEAKED)?;
+        }
+        Ok(Arranged { report: sys::adopt(3)?, go: sys::adopt(4)?, sources: sys::adopt(5)? })
     }
 }
 

@@ -7,6 +7,7 @@ use nix::unistd::{self, Gid, Uid};
 
 use crate::ids::{BUILD_GID, BUILD_UID, Groups, IdMap};
 use crate::report::{SetupFailure, Step};
+use crate::sabotage::{Layer, kept};
 use crate::sys;
 
 /// Becomes the root of the sandbox's user namespace, where the map has one.
@@ -29,35 +30,63 @@ pub fn become_root(ids: &IdMap) -> Result<(), SetupFailure> {
 /// Becomes the build's user, without capabilities and without a way back.
 pub fn drop_all() -> Result<(), SetupFailure> {
     let step = || -> Result<(), Errno> {
-        // The bounding set first: taking from it needs a capability.
-        for capability in 0.. {
-            match sys::drop_from_bounding_set(capability) {
-                Ok(()) => {}
-                Err(Errno::EINVAL) => break,
-                Err(errno) => return Err(errno),
-            }
+        if kept(Layer::Capabilities) {
+            empty_bounding_set()?;
+        } else {
+            prctl::set_keepcaps(true)?;
         }
         let (gid, uid) = (Gid::from_raw(BUILD_GID), Uid::from_raw(BUILD_UID));
         unistd::setresgid(gid, gid, gid)?;
         unistd::setresuid(uid, uid, uid)?;
-        // With a single id the uid did not change, and nothing was dropped with it.
-        for set in [
-            caps::CapSet::Ambient,
-            caps::CapSet::Effective,
-            caps::CapSet::Permitted,
-            caps::CapSet::Inheritable,
-        ] {
-            caps::clear(None, set).map_err(|_| Errno::last())?;
+        match kept(Layer::Capabilities) {
+            true => clear_capabilities()?,
+            false => hand_capabilities_on()?,
         }
-        prctl::set_no_new_privs()?;
+        if kept(Layer::NoNewPrivs) {
+            prctl::set_no_new_privs()?;
+        }
         // The build has this process's user id: it must not be able to trace it.
-        prctl::set_dumpable(false)
+        prctl::set_dumpable(!kept(Layer::Dumpable))
     };
     step().map_err(|errno| SetupFailure::new(Step::DropPrivileges, errno, ""))
 }
 
+/// Must come before the ids change: taking from the set needs a capability.
+fn empty_bounding_set() -> Result<(), Errno> {
+    for capability in 0.. {
+        match sys::drop_from_bounding_set(capability) {
+            Ok(()) => {}
+            Err(Errno::EINVAL) => break,
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(())
+}
+
+/// With a single id the uid does not change, and nothing is dropped with it.
+fn clear_capabilities() -> Result<(), Errno> {
+    use caps::CapSet::{Ambient, Effective, Inheritable, Permitted};
+    for set in [Ambient, Effective, Permitted, Inheritable] {
+        caps::clear(None, set).map_err(|_| Errno::last())?;
+    }
+    Ok(())
+}
+
+/// What must not happen: the build has what its user namespace can give. For [`Layer::Capabilities`].
+fn hand_capabilities_on() -> Result<(), Errno> {
+    use caps::CapSet::{Ambient, Effective, Inheritable, Permitted};
+    let has = caps::read(None, Permitted).map_err(|_| Errno::last())?;
+    for set in [Effective, Inheritable, Ambient] {
+        caps::set(None, set, &has).map_err(|_| Errno::last())?;
+    }
+    Ok(())
+}
+
 /// Leaves the session keyring of whoever started the daemon: its keys could be read otherwise.
 pub fn leave_keyring() -> Result<(), SetupFailure> {
+    if !kept(Layer::Keyring) {
+        return Ok(());
+    }
     match sys::join_new_session_keyring() {
         // A kernel or an outer sandbox without keyrings has no keys to leak.
         Ok(()) | Err(Errno::ENOSYS | Errno::EPERM) => Ok(()),

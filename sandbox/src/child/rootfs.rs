@@ -1,13 +1,10 @@
 //! The sandbox's file system: a new root, everything mounted on it, and the old one gone.
 //!
-//! Sources are opened first, as whoever runs the program: later ids may not be allowed to reach them.
-//! After that nothing is named by a path of the host. Places in the new root are walked to by descriptor and
+//! What it is made of comes as descriptors, see `sources`. Places in the new root are walked to by descriptor and
 //! never through a symbolic link, so that nothing in the inputs can send a mount elsewhere.
 
 use std::ffi::{CStr, CString, OsStr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileTypeExt;
 use std::path::{Component, Path};
 
 use nix::errno::Errno;
@@ -16,63 +13,16 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, SFlag, fchmod, fstat, mkdirat};
 use nix::unistd::{self, fchdir, pivot_root, symlinkat};
 
+use super::masks;
 use crate::plan::{Access, Entry, Mount, MountPoint, Plan};
 use crate::report::{SetupFailure, Step};
+use crate::sabotage::{Layer, kept};
+use crate::sources::{READ_ONLY, Source, Sources, plain};
 use crate::sys::{self, FsContext};
 
-const PLAIN: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
-pub(crate) const READ_ONLY: u64 = libc::MOUNT_ATTR_RDONLY | PLAIN;
-/// For device nodes, which `nodev` would turn off.
-pub(crate) const DEVICE: u64 = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
-
-/// Everything of the host that the sandbox is made of.
-pub struct Sources {
-    staging: OwnedFd,
-    root_lower: Option<OwnedFd>,
-    mounts: Vec<Source>,
-}
-
-enum Source {
-    /// A detached mount.
-    Tree(OwnedFd),
-    Overlay {
-        lower: OwnedFd,
-        upper: OwnedFd,
-        work: OwnedFd,
-    },
-    /// Nothing of the host: a file system is made.
-    Fresh,
-}
-
-/// Opens everything that the plan names outside of the sandbox.
-pub fn open_sources(plan: &Plan) -> Result<Sources, SetupFailure> {
-    let directory = |source: &Path| {
-        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        nix::fcntl::open(&plan.base.join(source), flags, Mode::empty())
-            .map_err(failure(Step::OpenSource, source))
-    };
-    let tree = |source: &Path, recursive: bool, attributes: u64| {
-        open_tree(&plan.base.join(source), recursive, attributes)
-            .map(Source::Tree)
-            .map_err(failure(Step::OpenSource, source))
-    };
-    let source = |point: &MountPoint| match &point.mount {
-        Mount::Writable { source } => tree(source, false, PLAIN),
-        Mount::Inputs { source } => tree(source, false, READ_ONLY),
-        Mount::Device { source } => tree(source, false, DEVICE),
-        Mount::HostPath { source } if is_device(source) => tree(source, false, DEVICE),
-        Mount::HostPath { source } => tree(source, true, READ_ONLY),
-        Mount::InputsBelow { lower, upper, work, .. } => {
-            Ok(Source::Overlay { lower: directory(lower)?, upper: directory(upper)?, work: directory(work)? })
-        }
-        Mount::Proc | Mount::Devpts | Mount::Tmpfs { .. } => Ok(Source::Fresh),
-    };
-    Ok(Sources {
-        staging: directory(&plan.staging)?,
-        root_lower: plan.root.lower.as_deref().map(directory).transpose()?,
-        mounts: plan.mounts.iter().map(source).collect::<Result<_, _>>()?,
-    })
-}
+/// A directory that every host has. In the sandbox's own mount namespace, layers and the new root are attached on it
+/// until the root is changed, and then go with the old one.
+pub const ANCHOR: &str = "/dev";
 
 /// Puts the root together and moves into it.
 pub fn assemble(plan: &Plan, sources: Sources) -> Result<(), SetupFailure> {
@@ -80,44 +30,64 @@ pub fn assemble(plan: &Plan, sources: Sources) -> Result<(), SetupFailure> {
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
         .map_err(failure(Step::Propagation, Path::new("")))?;
 
-    let root = make_root(plan, sources.staging, sources.root_lower, &sources.mounts)?;
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let anchor = nix::fcntl::open(ANCHOR, flags, Mode::empty())
+        .map_err(failure(Step::RootTmpfs, Path::new(ANCHOR)))?;
+    let attach =
+        |tree: &OwnedFd, at| sys::move_mount(tree.as_fd(), anchor.as_fd()).map_err(failure(Step::Mount, at));
+    let root = make_root(plan, &anchor, sources.root_lower, &sources.mounts)?;
     let mut sealed = Vec::new();
     for (MountPoint { at, mount }, source) in plan.mounts.iter().zip(sources.mounts) {
         let tree = match source {
             Source::Tree(tree) => tree,
-            Source::Overlay { lower, upper, work } => {
+            Source::Overlay { lower, holder, upper, work } => {
+                // Overlay takes its layers from this mount namespace only.
+                attach(&lower, at)?;
+                attach(&holder, at)?;
                 overlay(&lower, &upper, &work).map_err(failure(Step::Mount, at))?
             }
             Source::Fresh => fresh(mount).map_err(failure(Step::Mount, at))?,
         };
         let kind = Kind::of(tree.as_fd()).map_err(failure(Step::Mount, at))?;
         let place = walk(root.as_fd(), at, kind).map_err(failure(Step::MountPoint, at))?;
-        sys::move_mount(tree.as_fd(), place.as_fd()).map_err(failure(Step::Mount, at))?;
+        match mount {
+            Mount::Proc => masks::mount(&tree, place.as_fd()),
+            _ => sys::move_mount(tree.as_fd(), place.as_fd()),
+        }
+        .map_err(failure(Step::Mount, at))?;
         if let Mount::InputsBelow { access: Access::ReadOnly, .. } = mount {
             sealed.push((tree, at.as_path()));
         }
     }
     // Only now: mount points had to be made in them.
-    let all = sealed.iter().map(|(tree, at)| (tree.as_fd(), *at));
-    for (tree, at) in all.chain([(root.as_fd(), Path::new("/"))]) {
-        sys::set_mount_attributes(tree, READ_ONLY).map_err(failure(Step::ReadOnly, at))?;
+    if kept(Layer::ReadOnlyRoot) {
+        sealed.push((
+            root.try_clone().map_err(|_| SetupFailure::new(Step::ReadOnly, Errno::EMFILE, "/"))?,
+            Path::new("/"),
+        ));
+    }
+    for (tree, at) in sealed {
+        sys::set_mount_attributes(tree.as_fd(), READ_ONLY).map_err(failure(Step::ReadOnly, at))?;
     }
     pivot(root.as_fd()).map_err(failure(Step::Pivot, Path::new("")))
 }
 
-/// Attaches the root directory, with its entries and places for all mounts, on the staging directory.
+/// Attaches the root directory, with its entries and places for all mounts, on the anchor.
 ///
 /// All that the sandbox adds is made in the tmpfs before the lower directory shows through: what lies there,
 /// a symbolic link above all, is then hidden and not followed, and nothing is ever copied up.
 fn make_root(
     plan: &Plan,
-    staging: OwnedFd,
+    anchor: &OwnedFd,
     lower: Option<OwnedFd>,
     sources: &[Source],
 ) -> Result<OwnedFd, SetupFailure> {
     let fail = failure(Step::RootTmpfs, Path::new(""));
     let tmpfs = tmpfs(c"0755", None).map_err(&fail)?;
-    sys::move_mount(tmpfs.as_fd(), staging.as_fd()).map_err(&fail)?;
+    if let Some(lower) = &lower {
+        sys::move_mount(lower.as_fd(), anchor.as_fd()).map_err(&fail)?;
+    }
+    sys::move_mount(tmpfs.as_fd(), anchor.as_fd()).map_err(&fail)?;
     let Some(lower) = lower else {
         fill(tmpfs.as_fd(), plan, sources)?;
         return Ok(tmpfs);
@@ -179,14 +149,16 @@ fn make_entry(root: BorrowedFd<'_>, entry: &Entry) -> Result<(), SetupFailure> {
 
 /// What stands in a place.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub enum Kind {
+    /// A directory.
     Directory,
     /// Anything that is mounted over a file: a file, a device, a socket.
     File,
 }
 
 impl Kind {
-    fn of(fd: BorrowedFd<'_>) -> Result<Self, Errno> {
+    /// What `fd` refers to; a symbolic link is an error.
+    pub fn of(fd: BorrowedFd<'_>) -> Result<Self, Errno> {
         let kind = SFlag::from_bits_truncate(fstat(fd)?.st_mode) & SFlag::S_IFMT;
         match kind {
             SFlag::S_IFDIR => Ok(Kind::Directory),
@@ -197,7 +169,7 @@ impl Kind {
 }
 
 /// The place at `path`, made if it isn't there. No component is followed if it is a symbolic link.
-pub(crate) fn walk(root: BorrowedFd<'_>, path: &Path, kind: Kind) -> Result<OwnedFd, Errno> {
+pub fn walk(root: BorrowedFd<'_>, path: &Path, kind: Kind) -> Result<OwnedFd, Errno> {
     let (dir, name) = parent(root, path)?;
     let place = match (open_place(dir.as_fd(), name), kind) {
         (Err(Errno::ENOENT), Kind::Directory) => {
@@ -243,36 +215,23 @@ fn parent<'a>(root: BorrowedFd<'_>, path: &'a Path) -> Result<(OwnedFd, &'a OsSt
     Ok((dir, name))
 }
 
-fn open_place(dir: BorrowedFd<'_>, name: &OsStr) -> Result<OwnedFd, Errno> {
+/// Something in `dir`, itself if it is a symbolic link.
+pub fn open_place(dir: BorrowedFd<'_>, name: &OsStr) -> Result<OwnedFd, Errno> {
     openat(dir, name, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())
 }
 
-fn is_device(path: &Path) -> bool {
-    std::fs::metadata(path)
-        .is_ok_and(|found| found.file_type().is_char_device() || found.file_type().is_block_device())
-}
-
-/// A detached copy of a mount of the host.
-pub(crate) fn open_tree(path: &Path, recursive: bool, attributes: u64) -> Result<OwnedFd, Errno> {
-    let path = CString::new(path.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL)?;
-    let tree = sys::open_tree(&path, recursive)?;
-    match recursive {
-        true => sys::set_mount_attributes_recursively(tree.as_fd(), attributes)?,
-        false => sys::set_mount_attributes(tree.as_fd(), attributes)?,
-    }
-    Ok(tree)
-}
-
-pub(crate) fn tmpfs(mode: &CStr, size: Option<&CStr>) -> Result<OwnedFd, Errno> {
+/// A fresh tmpfs, detached.
+pub fn tmpfs(mode: &CStr, size: Option<&CStr>) -> Result<OwnedFd, Errno> {
     let context = FsContext::open(c"tmpfs")?;
     context.string(c"mode", mode)?;
     if let Some(size) = size {
         context.string(c"size", size)?;
     }
-    context.mount(PLAIN)
+    context.mount(plain())
 }
 
-pub(crate) fn overlay(lower: &OwnedFd, upper: &OwnedFd, work: &OwnedFd) -> Result<OwnedFd, Errno> {
+/// An overlay whose upper layer takes what is written, detached.
+pub fn overlay(lower: &OwnedFd, upper: &OwnedFd, work: &OwnedFd) -> Result<OwnedFd, Errno> {
     let context = FsContext::open(c"overlay")?;
     for (key, directory) in [(c"lowerdir", lower), (c"upperdir", upper), (c"workdir", work)] {
         // By descriptor: the paths may hold characters that overlay gives a meaning, and the directories
@@ -283,13 +242,13 @@ pub(crate) fn overlay(lower: &OwnedFd, upper: &OwnedFd, work: &OwnedFd) -> Resul
     }
     // Without it the overlay would need `trusted.*` attributes, which take privilege on the host.
     context.flag(c"userxattr")?;
-    context.mount(PLAIN)
+    context.mount(plain())
 }
 
 /// A file system that takes nothing from the host.
-pub(crate) fn fresh(mount: &Mount) -> Result<OwnedFd, Errno> {
+pub fn fresh(mount: &Mount) -> Result<OwnedFd, Errno> {
     match mount {
-        Mount::Proc => FsContext::open(c"proc")?.mount(PLAIN | libc::MOUNT_ATTR_NOEXEC),
+        Mount::Proc => FsContext::open(c"proc")?.mount(plain() | libc::MOUNT_ATTR_NOEXEC),
         Mount::Devpts => {
             let context = FsContext::open(c"devpts")?;
             context.string(c"mode", c"0620")?;
@@ -306,7 +265,7 @@ pub(crate) fn fresh(mount: &Mount) -> Result<OwnedFd, Errno> {
 }
 
 /// Makes `root` the root directory and leaves nothing of the old one.
-pub(crate) fn pivot(root: BorrowedFd<'_>) -> Result<(), Errno> {
+pub fn pivot(root: BorrowedFd<'_>) -> Result<(), Errno> {
     fchdir(root)?;
     // The old root comes to lie over the new one, so that it needs no directory there: see pivot_root(2).
     pivot_root(".", ".")?;

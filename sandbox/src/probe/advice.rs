@@ -91,7 +91,7 @@ fn advise(step: Step, trouble: &Trouble, host: &Host) -> Advice {
         }
         Step::Kvm => Some(Advice::fix("for builds that ask for it: let this user open /dev/kvm (group kvm)")),
         Step::Devices | Step::Devpts => device(trouble),
-        Step::WholeSandbox | Step::WholeBuild => whole(trouble),
+        Step::WholeSandbox | Step::WholeBuild => Some(Advice::fix("see the steps above that do not work")),
         _ => None,
     };
     specific.unwrap_or_else(|| general(trouble, host))
@@ -402,16 +402,6 @@ fn device(trouble: &Trouble) -> Option<Advice> {
             "/dev must not be mounted nodev, and a container's device filter must allow the device",
         )),
         _ => None,
-    }
-}
-
-fn whole(trouble: &Trouble) -> Option<Advice> {
-    match trouble.as_errno() {
-        Some(Errno::EACCES) if trouble.act.starts_with("open ") => Some(Advice::new(
-            "a directory on the way to it is closed to all but its owner, whose rights a sandbox does not have",
-            "open the directories above the state directory with chmod go+x, or choose another with --state-dir",
-        )),
-        _ => Some(Advice::fix("see the steps above that do not work")),
     }
 }
 

@@ -161,7 +161,7 @@ fn pidfd() -> Tried {
 
 fn close_range() -> Tried {
     let fd = nix::fcntl::open("/dev/null", OFlag::O_RDONLY, Permissions::empty()).act("open /dev/null")?;
-    sys::close_range(3, libc::CLOSE_RANGE_CLOEXEC).act("mark descriptors with close_range")?;
+    sys::close_range(3, i32::MAX, libc::CLOSE_RANGE_CLOEXEC).act("mark descriptors with close_range")?;
     let flags = fcntl(&fd, FcntlArg::F_GETFD).act("read the flags of a descriptor")?;
     match FdFlag::from_bits_truncate(flags).contains(FdFlag::FD_CLOEXEC) {
         true => Ok(Found::default()),

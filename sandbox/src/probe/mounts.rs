@@ -4,19 +4,23 @@ use std::ffi::CStr;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, openat};
+use nix::fcntl::{OFlag, open, openat};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::stat::{Mode, fstat, major, minor};
+use nix::sys::stat::{Mode, SFlag, fstat, major, minor};
 
 use super::outcome::{Act, Found, Tried, Trouble};
+use super::trial::in_sandbox;
+use super::whole;
+use crate::child::masks;
 use crate::child::rootfs::{self, Kind};
-use crate::plan::Mount;
+use crate::ids::IdMap;
+use crate::plan::{Access, Mount, MountPoint, Plan};
+use crate::sources::{self, Source};
 use crate::sys;
 
 /// The device nodes that every build sees, and whether it writes to them here.
@@ -29,24 +33,27 @@ const DEVICES: [(&str, OFlag); 6] = [
     ("zero", OFlag::O_RDONLY),
 ];
 
-fn tmpfs() -> Result<OwnedFd, Trouble> {
-    rootfs::tmpfs(c"0755", None).act("mount a tmpfs")
-}
-
 /// A tmpfs that is attached, as the root of a sandbox is.
-fn attached(staging: BorrowedFd<'_>) -> Result<OwnedFd, Trouble> {
-    let tmpfs = tmpfs()?;
-    sys::move_mount(tmpfs.as_fd(), staging).act("attach a tmpfs with move_mount")?;
+fn attached() -> Result<OwnedFd, Trouble> {
+    let tmpfs = rootfs::tmpfs(c"0755", None).act("mount a tmpfs")?;
+    attach(&tmpfs)?;
     Ok(tmpfs)
 }
 
-fn place(root: BorrowedFd<'_>, name: &str, kind: Kind) -> Result<OwnedFd, Trouble> {
-    rootfs::walk(root, Path::new(name), kind).act(&format!("make {name} in a tmpfs"))
+/// Attaches a mount where a build's root is put together.
+fn attach(tree: &OwnedFd) -> Result<(), Trouble> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let anchor = open(rootfs::ANCHOR, flags, Mode::empty()).act("open /dev")?;
+    sys::move_mount(tree.as_fd(), anchor.as_fd()).act("attach a mount with move_mount")
+}
+
+fn place(root: &OwnedFd, name: &str, kind: Kind) -> Result<OwnedFd, Trouble> {
+    rootfs::walk(root.as_fd(), Path::new(name), kind).act(&format!("make {name} in a tmpfs"))
 }
 
 /// In a sandbox: a tmpfs that takes files.
 pub fn fresh_tmpfs() -> Tried {
-    let tmpfs = tmpfs()?;
+    let tmpfs = rootfs::tmpfs(c"0755", None).act("mount a tmpfs")?;
     write_file(tmpfs.as_fd(), c"file", "write to a tmpfs")?;
     Ok(Found::default())
 }
@@ -57,19 +64,12 @@ fn write_file(dir: BorrowedFd<'_>, name: &CStr, act: &str) -> Result<(), Trouble
     File::from(file).write_all(b"doctor").act(act)
 }
 
-/// In a sandbox: a part of the host, read-only in another place.
-pub fn bind(staging: BorrowedFd<'_>) -> Tried {
-    let root = attached(staging)?;
-    let tree = rootfs::open_tree(Path::new("/dev"), true, rootfs::READ_ONLY);
-    let tree = tree.act("copy a mount with open_tree and mount_setattr")?;
-    let at = place(root.as_fd(), "bound", Kind::Directory)?;
-    sys::move_mount(tree.as_fd(), at.as_fd()).act("attach a mount with move_mount")?;
-    Ok(Found::default())
-}
-
-/// In a sandbox: its own `/proc`.
+/// In a sandbox: its own `/proc`, with what covers parts of it.
 pub fn proc() -> Tried {
-    rootfs::fresh(&Mount::Proc).act("mount proc").map(|_| Found::default())
+    let root = attached()?;
+    let at = place(&root, "proc", Kind::Directory)?;
+    let bare = rootfs::fresh(&Mount::Proc).act("mount proc")?;
+    masks::mount(&bare, at.as_fd()).act("cover parts of a fresh /proc").map(|()| Found::default())
 }
 
 /// In a sandbox: its own terminals.
@@ -79,44 +79,97 @@ pub fn devpts() -> Tried {
     openat(&devpts, c"ptmx", flags, Mode::empty()).act("open a terminal in devpts").map(|_| Found::default())
 }
 
-/// In a sandbox: the host's device nodes in another place, in use.
-pub fn devices(staging: BorrowedFd<'_>) -> Tried {
-    let root = attached(staging)?;
-    for (name, access) in DEVICES {
-        let source = Path::new("/dev").join(name);
-        let found = source.metadata().act(&format!("find /dev/{name}"))?;
-        if !found.file_type().is_char_device() {
-            return Err(Trouble::said(format!("use /dev/{name}"), "it is no device"));
+/// A part of the host, read-only in another place.
+pub fn bind(ids: &IdMap) -> Tried {
+    let plan = plan(ids, vec![Mount::HostPath { source: "/dev".into() }]);
+    with_sources(&plan, |root, trees| {
+        for tree in trees {
+            let at = place(&root, "bound", Kind::Directory)?;
+            sys::move_mount(tree.as_fd(), at.as_fd()).act("attach a mount with move_mount")?;
         }
-        let tree = rootfs::open_tree(&source, false, rootfs::DEVICE)
-            .act(&format!("copy the mount of /dev/{name}"))?;
-        let at = place(root.as_fd(), name, Kind::File)?;
-        sys::move_mount(tree.as_fd(), at.as_fd()).act(&format!("bind /dev/{name}"))?;
-        openat(&root, name, access | OFlag::O_CLOEXEC, Mode::empty())
-            .act(&format!("open /dev/{name} where it is bound"))?;
-    }
-    Ok(Found::default())
+        Ok(Found::default())
+    })
+}
+
+/// The host's device nodes in another place, in use.
+pub fn devices(ids: &IdMap) -> Tried {
+    let source = |name| Mount::Device { source: Path::new("/dev").join(name) };
+    let plan = plan(ids, DEVICES.iter().map(|(name, _)| source(name)).collect());
+    with_sources(&plan, |root, trees| {
+        for ((name, access), tree) in DEVICES.into_iter().zip(trees) {
+            let kind = fstat(&tree).act(&format!("look at /dev/{name}"))?.st_mode;
+            if SFlag::from_bits_truncate(kind) & SFlag::S_IFMT != SFlag::S_IFCHR {
+                return Err(Trouble::said(format!("use /dev/{name}"), "it is no device"));
+            }
+            let at = place(&root, name, Kind::File)?;
+            sys::move_mount(tree.as_fd(), at.as_fd()).act(&format!("bind /dev/{name}"))?;
+            openat(&root, name, access | OFlag::O_CLOEXEC, Mode::empty())
+                .act(&format!("open /dev/{name} where it is bound"))?;
+        }
+        Ok(Found::default())
+    })
+}
+
+/// A plan of mounts alone, to open sources by.
+fn plan(ids: &IdMap, mounts: Vec<Mount>) -> Plan {
+    let point = |mount| MountPoint { at: PathBuf::new(), mount };
+    whole::plan(PathBuf::new(), ids.clone(), mounts.into_iter().map(point).collect())
+}
+
+/// In a sandbox: `act`, on an attached tmpfs and the trees of a plan, opened as for a build.
+fn with_sources(plan: &Plan, act: impl FnOnce(OwnedFd, Vec<OwnedFd>) -> Tried) -> Tried {
+    let open = || Ok(sources::open(plan)?);
+    in_sandbox(&plan.ids, open, |socket| {
+        let tree = |source| match source {
+            Source::Tree(tree) => Some(tree),
+            _ => None,
+        };
+        let trees = sources::receive(plan, socket.as_fd())?.mounts.into_iter().filter_map(tree).collect();
+        act(attached()?, trees)
+    })
 }
 
 /// In a sandbox: an overlay in a tmpfs, as the root is one where inputs lie at the root.
-pub fn overlay(staging: BorrowedFd<'_>) -> Tried {
-    let root = attached(staging)?;
-    let dir = |name| place(root.as_fd(), name, Kind::Directory);
-    overlay_on(&dir("lower")?, &dir("upper")?, &dir("work")?, &dir("merged")?)
+pub fn overlay() -> Tried {
+    let root = attached()?;
+    let dir = |name| place(&root, name, Kind::Directory);
+    overlay_on(&dir("lower")?, &dir("upper")?, &dir("work")?)
 }
 
-/// In a sandbox: an overlay of these directories, whose upper layer takes what is written.
-pub fn overlay_on(lower: &OwnedFd, upper: &OwnedFd, work: &OwnedFd, merged: &OwnedFd) -> Tried {
+/// An overlay on the directories `lower`, `upper` and `work` of the state directory, made as for a build.
+pub fn overlay_on_disk(base: &Path, ids: &IdMap) -> Tried {
+    let mount = Mount::InputsBelow {
+        lower: "lower".into(),
+        upper: "upper".into(),
+        work: "work".into(),
+        access: Access::ReadWrite,
+    };
+    let plan = Plan { base: base.into(), ..plan(ids, vec![mount]) };
+    in_sandbox(
+        ids,
+        || Ok(sources::open(&plan)?),
+        |socket| match sources::receive(&plan, socket.as_fd())?.mounts.pop() {
+            Some(Source::Overlay { lower, holder, upper, work }) => {
+                attach(&lower)?;
+                attach(&holder)?;
+                overlay_on(&lower, &upper, &work)
+            }
+            _ => Err(Trouble::errno("open the layers of an overlay", Errno::EBADMSG)),
+        },
+    )
+}
+
+fn overlay_on(lower: &OwnedFd, upper: &OwnedFd, work: &OwnedFd) -> Tried {
     let overlay = rootfs::overlay(lower, upper, work).act("mount an overlay with userxattr")?;
-    sys::move_mount(overlay.as_fd(), merged.as_fd()).act("attach an overlay with move_mount")?;
+    attach(&overlay)?;
     write_file(overlay.as_fd(), c"file", "write to an overlay")?;
     let written = openat(upper, c"file", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty());
     written.act("find in the upper layer what was written to an overlay").map(|_| Found::default())
 }
 
 /// In a sandbox: a root of its own, with nothing of the old one.
-pub fn pivot(staging: BorrowedFd<'_>) -> Tried {
-    let root = attached(staging)?;
+pub fn pivot() -> Tried {
+    let root = attached()?;
     rootfs::pivot(root.as_fd()).act("change the root with pivot_root")?;
     match std::fs::read_dir("/").act("read the new root")?.next() {
         None => Ok(Found::default()),
@@ -134,7 +187,7 @@ pub fn fuse_device() -> Tried {
 fn open_fuse() -> Result<OwnedFd, Trouble> {
     const NUMBER: (u64, u64) = (10, 229);
     let flags = OFlag::O_RDWR | OFlag::O_CLOEXEC;
-    let device = nix::fcntl::open(FUSE, flags, Mode::empty()).act("open /dev/fuse")?;
+    let device = open(FUSE, flags, Mode::empty()).act("open /dev/fuse")?;
     let found = fstat(&device).act("look at /dev/fuse")?.st_rdev;
     match (major(found), minor(found)) {
         NUMBER => Ok(device),

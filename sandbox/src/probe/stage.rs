@@ -3,15 +3,14 @@
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use nix::fcntl::{OFlag, open};
+use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::stat::Mode as Permissions;
 use nix::sys::wait::waitpid;
 use nix::unistd::{self, ForkResult};
 use serde::{Deserialize, Serialize};
@@ -20,19 +19,20 @@ use super::outcome::{Act, Found, Outcome, Tried, Trouble, Why};
 use super::steps::Step;
 use super::trial::{self, attempt, in_sandbox};
 use super::{Examination, Mode, Setup, confinement, mounts, storage, whole};
-use crate::ids::{self, EnterError, Entered, Identity};
+use crate::ids::{self, EnterError, Entered, IdMap, Identity, OwnIds};
 use crate::{scratch, sys};
 
 /// How long all steps of the stage may take together, a few of which may hang.
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// Where mounts are put together if there is no state directory. Nothing is changed there.
-const ANY_DIRECTORY: &str = "/tmp";
+/// What the spawner is given to hold in place of a lock.
+const ANY_DIRECTORY: &str = "/";
 
 /// A step that is given a directory.
 type OnDisk = fn(&Path) -> Tried;
-/// A step that is given an open directory.
-type OnStaging = fn(BorrowedFd<'_>) -> Tried;
+
+/// A step that is given the ids of a build.
+type WithIds = fn(&IdMap) -> Tried;
 
 /// Steps that need a place on the disk of the state directory, and nothing but that.
 const STORAGE: [(Step, OnDisk); 4] = [
@@ -43,10 +43,12 @@ const STORAGE: [(Step, OnDisk); 4] = [
 ];
 
 /// Steps of a sandbox that need nothing of the host.
-const IN_SANDBOX: [(Step, fn() -> Tried); 9] = [
+const IN_SANDBOX: [(Step, fn() -> Tried); 11] = [
     (Step::Tmpfs, mounts::fresh_tmpfs),
     (Step::Proc, mounts::proc),
     (Step::Devpts, mounts::devpts),
+    (Step::Overlay, mounts::overlay),
+    (Step::Pivot, mounts::pivot),
     (Step::Loopback, confinement::loopback),
     (Step::HostName, confinement::host_name),
     (Step::Keyring, confinement::keyring),
@@ -55,13 +57,8 @@ const IN_SANDBOX: [(Step, fn() -> Tried); 9] = [
     (Step::NestedNamespaces, confinement::nested_namespaces),
 ];
 
-/// Steps of a sandbox that need a directory to mount on.
-const ON_STAGING: [(Step, OnStaging); 4] = [
-    (Step::BindMounts, mounts::bind),
-    (Step::Devices, mounts::devices),
-    (Step::Overlay, mounts::overlay),
-    (Step::Pivot, mounts::pivot),
-];
+/// Steps of a sandbox that is made of something of the host.
+const FROM_HOST: [(Step, WithIds); 2] = [(Step::BindMounts, mounts::bind), (Step::Devices, mounts::devices)];
 
 /// Steps that need a place on the disk of the state directory.
 fn need_setup() -> impl Iterator<Item = Step> {
@@ -115,20 +112,20 @@ pub fn try_all(examination: &mut Examination, setup: impl FnOnce() -> Option<Set
 }
 
 fn enter() -> Tried {
-    Ok(Found::with(ids::enter()?.identity.to_string()))
+    Ok(Found::with(ids::enter(OwnIds::Wanted)?.identity.to_string()))
 }
 
 /// What the stage tries.
 fn all() -> impl Iterator<Item = Step> {
     let sandbox = IN_SANDBOX.iter().map(|(step, _)| *step);
-    let staging = ON_STAGING.iter().map(|(step, _)| *step);
+    let from_host = FROM_HOST.iter().map(|(step, _)| *step);
     let others =
         [Step::Clone, Step::IdMaps, Step::Propagation, Step::Groups, Step::FuseDevice, Step::Spawner];
-    sandbox.chain(staging).chain(others).chain(need_setup())
+    sandbox.chain(from_host).chain(others).chain(need_setup())
 }
 
 fn build_ids() -> Tried {
-    let Entered { identity, note, .. } = ids::enter()?;
+    let Entered { identity, note, .. } = ids::enter(OwnIds::Wanted)?;
     match note {
         None => Ok(Found::with(identity.to_string())),
         Some(note) => Err(Trouble::said("give builds ids of their own", note)),
@@ -138,6 +135,7 @@ fn build_ids() -> Tried {
 impl From<EnterError> for Trouble {
     fn from(error: EnterError) -> Self {
         match error {
+            error @ EnterError::BuildsAsRoot => Trouble::said("run builds", error.to_string()),
             EnterError::UserNamespace(errno) => Trouble::errno("make a user namespace", errno),
             EnterError::MountNamespace(errno) => Trouble::errno("make a mount namespace", errno),
             EnterError::Propagation(errno) => {
@@ -222,7 +220,7 @@ struct Stage {
 
 impl Stage {
     fn enter(voice: OwnedFd) -> Result<Self, EnterError> {
-        let Entered { identity, kept_groups, claim, .. } = ids::enter()?;
+        let Entered { identity, kept_groups, claim, .. } = ids::enter(OwnIds::Wanted)?;
         Ok(Self { voice: voice.into(), identity, kept_groups, _claim: claim })
     }
 
@@ -246,7 +244,9 @@ impl Stage {
             for (step, act) in IN_SANDBOX {
                 self.tell(step, in_sandbox(&self.identity.map(0), nothing, |()| act()));
             }
-            self.on_staging(setup);
+            for (step, act) in FROM_HOST {
+                self.tell(step, act(&self.identity.map(0)));
+            }
         }
         match setup {
             Some(setup) => self.on_disk(setup, cloned),
@@ -281,8 +281,8 @@ impl Stage {
     /// Nothing of a sandbox can be tried without `needs`.
     fn without(&self, needs: Step) {
         let sandbox = IN_SANDBOX.iter().map(|(step, _)| *step);
-        let staging = ON_STAGING.iter().map(|(step, _)| *step);
-        for step in sandbox.chain(staging).chain([Step::Groups, Step::StateOverlay, Step::WholeSandbox]) {
+        let from_host = FROM_HOST.iter().map(|(step, _)| *step);
+        for step in sandbox.chain(from_host).chain([Step::Groups, Step::StateOverlay, Step::WholeSandbox]) {
             self.say(&Word::Untried(step, needs));
         }
     }
@@ -295,15 +295,6 @@ impl Stage {
                 trouble.act = format!("{} {:?}", trouble.act, self.kept_groups);
                 Err(trouble)
             }
-        }
-    }
-
-    fn on_staging(&self, setup: Option<&Setup>) {
-        let at = setup.map_or(Path::new(ANY_DIRECTORY), |setup| setup.scratch.as_path());
-        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        for (step, act) in ON_STAGING {
-            let open = || open(at, flags, Permissions::empty()).act(&format!("open {}", at.display()));
-            self.tell(step, in_sandbox(&self.identity.map(0), open, |staging| act(staging.as_fd())));
         }
     }
 

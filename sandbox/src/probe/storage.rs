@@ -6,13 +6,10 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{OpenOptionsExt, chown};
 use std::path::Path;
 
-use nix::fcntl::{OFlag, open};
-use nix::sys::stat::Mode;
 use nix::sys::statfs::statfs;
 use nix::sys::statvfs::statvfs;
 
 use super::outcome::{Act, Found, Tried, Trouble};
-use super::trial::in_sandbox;
 use super::{mounts, raw};
 use crate::ids::Identity;
 
@@ -100,7 +97,7 @@ pub fn reflink(dir: &Path) -> Tried {
     raw::reflink(from.as_fd(), to.as_fd()).act("share the blocks of a file").map(|()| Found::default())
 }
 
-const OVERLAY: [&str; 4] = ["lower", "upper", "work", "merged"];
+const OVERLAY: [&str; 3] = ["lower", "upper", "work"];
 
 /// An overlay on directories there, made as for a build.
 pub fn overlay(dir: &Path, identity: &Identity) -> Tried {
@@ -110,15 +107,5 @@ pub fn overlay(dir: &Path, identity: &Identity) -> Tried {
         fs::create_dir(&path).act("make a directory in the state directory")?;
         chown(&path, Some(root.uid), Some(root.gid)).act("give a directory to a build's root")?;
     }
-    let open = |name: &str| {
-        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        open(&dir.join(name), flags, Mode::empty()).act("open a directory in the state directory")
-    };
-    let all = || {
-        let [lower, upper, work, merged] = OVERLAY.map(open);
-        Ok([lower?, upper?, work?, merged?])
-    };
-    in_sandbox(&identity.map(0), all, |[lower, upper, work, merged]| {
-        mounts::overlay_on(&lower, &upper, &work, &merged)
-    })
+    mounts::overlay_on_disk(dir, &identity.map(0))
 }

@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 use nix::fcntl::{OFlag, open};
 use nix::mount::{MsFlags, mount};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sched::CloneFlags;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::prctl;
 use nix::sys::signal::{Signal, kill, killpg};
@@ -21,6 +20,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use super::outcome::{Act, Trouble, Why};
 use crate::child::privileges;
 use crate::ids::IdMap;
+use crate::plan::Network;
 use crate::spawner::server;
 use crate::sys;
 
@@ -76,7 +76,7 @@ pub const CLONE: &str = "make the namespaces of a sandbox with clone3";
 pub const PROPAGATION: &str = "cut mount propagation";
 
 /// Does `act` as the root of a sandbox with all its namespaces, mapped as a build is. It is given what `open` yields, which
-/// is called before the ids change, as the sources of mounts are opened for a build.
+/// is called outside, as the sources of mounts are opened for a build.
 pub fn in_sandbox<S, T: Serialize + DeserializeOwned>(
     ids: &IdMap,
     open: impl FnOnce() -> Result<S, Trouble>,
@@ -85,12 +85,13 @@ pub fn in_sandbox<S, T: Serialize + DeserializeOwned>(
     attempt(|| {
         let (answer, report) = unistd::pipe2(OFlag::O_CLOEXEC).act("make a pipe")?;
         let (go, gone) = unistd::pipe2(OFlag::O_CLOEXEC).act("make a pipe")?;
+        let opened = open()?;
         // SAFETY: this process is a copy of one with one thread.
-        let cloned = unsafe { sys::clone_process(server::NAMESPACES.union(CloneFlags::CLONE_NEWNET).bits()) };
+        let cloned = unsafe { sys::clone_process(server::namespaces(Network::Own).bits()) };
         match cloned.act(CLONE)? {
             sys::Cloned::Child => {
                 drop((answer, gone));
-                say(report, || first_process(go, ids, open, act));
+                say(report, || first_process(go, ids, || act(opened)));
                 end()
             }
             sys::Cloned::Parent { pid, .. } => {
@@ -103,18 +104,16 @@ pub fn in_sandbox<S, T: Serialize + DeserializeOwned>(
     })
 }
 
-fn first_process<S, T>(
+fn first_process<T>(
     go: OwnedFd,
     ids: &IdMap,
-    open: impl FnOnce() -> Result<S, Trouble>,
-    act: impl FnOnce(S) -> Result<T, Trouble>,
+    act: impl FnOnce() -> Result<T, Trouble>,
 ) -> Result<T, Trouble> {
     File::from(go).read_exact(&mut [0]).act("wait for the id maps")?;
-    let opened = open()?;
     privileges::become_root(ids)?;
     let none: Option<&str> = None;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).act(PROPAGATION)?;
-    act(opened)
+    act()
 }
 
 /// Ends this process without a word more.

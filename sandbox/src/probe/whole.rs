@@ -13,7 +13,7 @@ use nix::unistd;
 
 use super::Setup;
 use super::outcome::{Act, Found, Tried, Trouble};
-use crate::ids::Identity;
+use crate::ids::{IdMap, Identity};
 use crate::plan::{Command, Layer, Mount, MountPoint, Network, Plan};
 use crate::report::{ExitStatus, Report};
 use crate::spawner::{Leftovers, SpawnError, Spawner, Stdio};
@@ -48,7 +48,7 @@ pub fn sandbox(setup: &Setup, identity: &Identity) -> Tried {
     let spawner = start(&Leftovers::default(), &base)?;
     let (output, stdout) = unistd::pipe2(OFlag::O_CLOEXEC).act("make a pipe")?;
     let stderr = stdout.try_clone().act("make a pipe")?;
-    let sandbox = spawner.spawn(&plan(base, identity), Stdio { stdout, stderr })?;
+    let sandbox = spawner.spawn(&everything(base, identity), Stdio { stdout, stderr })?;
     let mut report = Vec::new();
     UnixStream::from(sandbox).read_to_end(&mut report).act("hear of a sandbox")?;
     judge(Report::from_bytes(&report)?, output)
@@ -56,7 +56,7 @@ pub fn sandbox(setup: &Setup, identity: &Identity) -> Tried {
 
 fn prepare(base: &Path, setup: &Setup, identity: &Identity) -> std::io::Result<()> {
     let build = identity.build_owner(0);
-    for name in ["", "root", "build"] {
+    for name in ["", "build"] {
         fs::create_dir(base.join(name))?;
     }
     // The command starts there.
@@ -67,22 +67,26 @@ fn prepare(base: &Path, setup: &Setup, identity: &Identity) -> std::io::Result<(
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755))
 }
 
-fn plan(base: PathBuf, identity: &Identity) -> Plan {
+fn everything(base: PathBuf, identity: &Identity) -> Plan {
     let mount = |at: &str, mount| MountPoint { at: at.into(), mount };
     let device =
         |name: &str| mount(&format!("dev/{name}"), Mount::Device { source: Path::new("/dev").join(name) });
     let mut mounts = vec![
         mount("build", Mount::Writable { source: "build".into() }),
-        mount("program", Mount::HostPath { source: "program".into() }),
+        mount("program", Mount::HostPath { source: base.join("program") }),
         mount("proc", Mount::Proc),
         mount("dev/pts", Mount::Devpts),
         mount("dev/shm", Mount::Tmpfs { mode: 0o1777, size: "50%".into() }),
     ];
     mounts.extend(["full", "null", "random", "tty", "urandom", "zero"].map(device));
+    plan(base, identity.map(0), mounts)
+}
+
+/// A plan of these mounts, in which this program is the command.
+pub fn plan(base: PathBuf, ids: IdMap, mounts: Vec<MountPoint>) -> Plan {
     Plan {
         base,
-        staging: "root".into(),
-        ids: identity.map(0),
+        ids,
         root: Layer::default(),
         mounts,
         network: Network::Own,

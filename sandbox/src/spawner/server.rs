@@ -23,15 +23,8 @@ use crate::child;
 use crate::ids::IdMap;
 use crate::plan::{Network, Plan};
 use crate::report::{Report, SetupFailure, Step};
+use crate::sabotage::{Layer, kept};
 use crate::{scratch, sys};
-
-/// The namespaces that every sandbox has.
-pub const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWUSER
-    .union(CloneFlags::CLONE_NEWNS)
-    .union(CloneFlags::CLONE_NEWPID)
-    .union(CloneFlags::CLONE_NEWIPC)
-    .union(CloneFlags::CLONE_NEWUTS)
-    .union(CloneFlags::CLONE_NEWCGROUP);
 
 /// Serves what comes over `socket`, until the program ends. Yields the exit code.
 pub fn serve(socket: OwnedFd) -> i32 {
@@ -153,7 +146,7 @@ impl Server {
     /// Takes one message: the program's estate, or a request for a sandbox.
     fn receive(&mut self) -> Result<Turn, Errno> {
         let mut byte = [0];
-        let mut space = nix::cmsg_space!([RawFd; 4]);
+        let mut space = nix::cmsg_space!([RawFd; 5]);
         let mut slices = [IoSliceMut::new(&mut byte)];
         let flags = MsgFlags::MSG_CMSG_CLOEXEC;
         let message = match recvmsg::<()>(self.socket.as_raw_fd(), &mut slices, Some(&mut space), flags) {
@@ -176,8 +169,8 @@ impl Server {
                 self.estate = read_message(leftovers).ok().map(|leftovers| Estate { leftovers, lock });
             }
         // Too few: the descriptor limit was reached. The owner sees its socket close.
-        } else if let Ok([plan, stdout, stderr, control]) = <[OwnedFd; 4]>::try_from(fds) {
-            match launch(plan, Stdio { stdout, stderr }) {
+        } else if let Ok([plan, sources, stdout, stderr, control]) = <[OwnedFd; 5]>::try_from(fds) {
+            match launch(plan, sources, Stdio { stdout, stderr }) {
                 Ok((pid, pidfd, report, go)) => self.sandboxes.push(Running {
                     pid,
                     pidfd,
@@ -242,21 +235,19 @@ fn tell(control: &UnixStream, report: &Report) {
 }
 
 /// Makes a sandbox: clones its first process and gives it ids.
-fn launch(plan: OwnedFd, stdio: Stdio) -> Result<(Pid, OwnedFd, File, File), SetupFailure> {
+fn launch(plan: OwnedFd, sources: OwnedFd, stdio: Stdio) -> Result<(Pid, OwnedFd, File, File), SetupFailure> {
     let plan = read_plan(plan)?;
     let pipe = || unistd::pipe2(OFlag::O_CLOEXEC).map_err(|errno| SetupFailure::new(Step::Pipe, errno, ""));
     let (report_read, report) = pipe()?;
     let (go, go_write) = pipe()?;
-    let mut namespaces = NAMESPACES;
-    if plan.network == Network::Own {
-        namespaces |= CloneFlags::CLONE_NEWNET;
-    }
+    let namespaces = namespaces(plan.network);
     // SAFETY: the spawner has one thread for life.
     let cloned = unsafe { sys::clone_process(namespaces.bits()) }
         .map_err(|errno| SetupFailure::new(Step::Clone, errno, ""))?;
     match cloned {
         sys::Cloned::Child => {
-            let streams = child::Streams { stdout: stdio.stdout, stderr: stdio.stderr, report, go };
+            let Stdio { stdout, stderr } = stdio;
+            let streams = child::Streams { stdout, stderr, report, go, sources };
             child::run(&plan, streams)
         }
         sys::Cloned::Parent { pid, pidfd } => {
@@ -272,6 +263,24 @@ fn launch(plan: OwnedFd, stdio: Stdio) -> Result<(Pid, OwnedFd, File, File), Set
             Ok((pid, pidfd, File::from(report_read), go_write))
         }
     }
+}
+
+/// The namespaces of a sandbox.
+pub fn namespaces(network: Network) -> CloneFlags {
+    let mut namespaces = CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID;
+    for (layer, namespace) in [
+        (Layer::Ipc, CloneFlags::CLONE_NEWIPC),
+        (Layer::Uts, CloneFlags::CLONE_NEWUTS),
+        (Layer::CgroupNamespace, CloneFlags::CLONE_NEWCGROUP),
+    ] {
+        if kept(layer) {
+            namespaces |= namespace;
+        }
+    }
+    if network == Network::Own && kept(Layer::Network) {
+        namespaces |= CloneFlags::CLONE_NEWNET;
+    }
+    namespaces
 }
 
 fn read_plan(memfd: OwnedFd) -> Result<Plan, SetupFailure> {

@@ -2,7 +2,6 @@
 //!
 //! ```text
 //! BUILD DIR (one per build, mode 0700)     in the sandbox
-//!   root/                                  the new root is put together on it
 //!   scratch/N/                             scratch path N; /tmp is one in every build
 //!   inputs/                                what lies between read-only inputs
 //!   work/                                  what overlay wants beside the layer that is written to
@@ -52,7 +51,9 @@ pub struct Site {
     pub inputs: Option<PathBuf>,
     /// The user namespace of the build.
     pub ids: IdMap,
-    /// The program that appears as `/bin/sh` where one is asked for.
+    /// Where the host paths lie that the request asks for, in its order, free of symbolic links.
+    pub host_paths: Vec<PathBuf>,
+    /// The program that appears as `/bin/sh` where one is asked for, its path free of symbolic links.
     pub shell: Option<PathBuf>,
     /// Files of the host's `/etc` that a build with network sees, by name.
     pub network_files: Vec<(String, Vec<u8>)>,
@@ -107,7 +108,6 @@ pub enum Role {
 pub fn lay_out(request: &Request, site: Site) -> Layout {
     let places = Places::of(request, site.inputs.is_some());
     let mut draft = Draft::default();
-    draft.directory("root", 0o700, Role::Daemon);
     draft.directory("scratch", 0o711, Role::Daemon);
     draft.devices();
     draft.etc(request, &site);
@@ -131,7 +131,6 @@ pub fn lay_out(request: &Request, site: Site) -> Layout {
         outputs: request.outputs.iter().map(output).collect(),
         plan: Plan {
             base: site.build_dir,
-            staging: "root".into(),
             ids: site.ids,
             root: Layer {
                 lower: site.inputs.filter(|_| request.inputs_dir.is_root()),
@@ -314,8 +313,8 @@ impl Draft {
     }
 
     fn host_paths(&mut self, request: &Request, site: &Site) {
-        for path in &request.constraints.ro_paths {
-            self.mount(relative(path), Mount::HostPath { source: path.clone() });
+        for (path, source) in request.constraints.ro_paths.iter().zip(&site.host_paths) {
+            self.mount(relative(path), Mount::HostPath { source: source.clone() });
         }
         if let (Shell::Required, Some(shell)) = (request.constraints.shell, &site.shell) {
             self.mount(to_path(&SandboxPath::shell()), Mount::HostPath { source: shell.clone() });

@@ -45,6 +45,7 @@ fn laid_out(parts: Parts) -> Layout {
         build_dir: "/scratch/build".into(),
         inputs: (!request.inputs.is_empty()).then(|| "/view/build".into()),
         ids: cofferdam_sandbox::Identity::Single.map(0),
+        host_paths: request.constraints.ro_paths.clone(),
         shell: Some("/static/sh".into()),
         network_files: vec![("resolv.conf".into(), b"nameserver ::1\n".to_vec())],
     };
