@@ -71,7 +71,7 @@ fn advise(step: Step, trouble: &Trouble, host: &Host) -> Advice {
         )),
         Step::Proc => proc(trouble, host),
         Step::FuseDevice | Step::FuseMount => fuse(trouble),
-        Step::Pasta => Some(Advice::fix("install pasta of 2023 or later (Debian, Fedora: passt)")),
+        Step::Pasta => Some(pasta(trouble)),
         Step::Landlock => landlock(trouble),
         Step::Cgroup | Step::CgroupControllers => cgroup(trouble, host),
         Step::CgroupKill => Some(Advice::fix("cgroup.kill takes Linux 5.14")),
@@ -337,6 +337,14 @@ fn fuse(trouble: &Trouble) -> Option<Advice> {
             "modprobe fuse, or use a kernel with CONFIG_FUSE_FS",
         )),
         _ => None,
+    }
+}
+
+fn pasta(trouble: &Trouble) -> Advice {
+    match trouble.as_errno() {
+        None => Advice::fix("install pasta of 2023 or later (Debian, Fedora, Arch: passt)"),
+        Some(Errno::EACCES) => Advice::fix("chmod 0666 /dev/net/tun, as udev does"),
+        Some(_) => Advice::fix("modprobe tun; in a container, pass the device: --device /dev/net/tun"),
     }
 }
 

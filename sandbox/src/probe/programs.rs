@@ -1,5 +1,6 @@
 //! Files and programs of the host that builds get help from.
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
@@ -54,6 +55,8 @@ pub fn pasta() -> Tried {
         if !lacking.is_empty() {
             return Err(Trouble::said("use pasta", format!("it does not know {}", lacking.join(" "))));
         }
+        // With it, it makes its interface.
+        File::options().read(true).write(true).open("/dev/net/tun").act("open /dev/net/tun")?;
         let version = version.lines().next().unwrap_or_default().trim().to_owned();
         Ok(Found::with(format!("{version}, {}", path.display())))
     })

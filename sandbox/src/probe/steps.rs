@@ -144,7 +144,7 @@ steps! {
     FuseMount, "fuse-mount", Inputs, Builds, "a FUSE mount in namespaces of our own", "inputs can't be shown to builds";
 
     Loopback, "loopback", Network, Builds, "loopback in a network namespace", "no build can run";
-    Pasta, "pasta", Network, Layer, "pasta, for a network apart from the host's",
+    Pasta, "pasta", Network, Layer, "pasta and its device, installed",
         "builds with network share the host's";
 
     HostName, "host-name", Confinement, Builds, "host and domain name", "no build can run";
