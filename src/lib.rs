@@ -9,6 +9,7 @@ pub mod build;
 pub mod castore;
 pub mod cli;
 pub mod config;
+pub mod inputs;
 pub mod isolation;
 mod lock;
 mod recent;

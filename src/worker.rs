@@ -18,8 +18,10 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use crate::build::{Builder, ScratchError};
 use crate::castore::{LocalStore, Store, StoreError};
 use crate::config::{Lifetime, Settings};
-use crate::isolation::{Demand, Ids, Inputs, Lacking, Layer, Network, Strength};
-use crate::view::{View, ViewError};
+use crate::inputs::Inputs;
+use crate::inputs::copies::{Copies, CopyError};
+use crate::isolation::{Demand, Ids, Lacking, Layer, Network, Strength};
+use crate::view::View;
 
 /// The file by which a state directory is known and locked.
 const LOCK: &str = "cofferdam.lock";
@@ -105,9 +107,9 @@ pub enum WorkerStartError {
     /// There is no store.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// There is no view.
+    /// There is no place for copies of inputs.
     #[error(transparent)]
-    View(#[from] ViewError),
+    Copies(#[from] CopyError),
     /// There is no scratch space.
     #[error(transparent)]
     Scratch(#[from] ScratchError),
@@ -138,18 +140,17 @@ impl Groundwork {
                  (give the user ranges in /etc/subuid and /etc/subgid)"
             );
         }
-        let tree = match settings.lifetime {
-            Lifetime::Lasting => state.builds(),
-            Lifetime::Ephemeral => state.path.clone(),
+        let trees = match settings.lifetime {
+            Lifetime::Lasting => vec![state.builds(), state.copies()],
+            Lifetime::Ephemeral => vec![state.path.clone()],
         };
         // The spawner, too, takes some for each sandbox.
         raise_descriptor_limit();
-        let spawner =
-            Spawner::start(&Leftovers { mounts: vec![state.view()], trees: vec![tree] }, state.lock.as_fd())?;
+        let spawner = Spawner::start(&Leftovers { mounts: vec![state.view()], trees }, state.lock.as_fd())?;
         Ok(Self { settings, identity, spawner, state, claim })
     }
 
-    /// Opens the store, mounts the view, and puts the builder over them.
+    /// Opens the store, mounts the view or does without, and puts the builder over them.
     ///
     /// # Errors
     /// Where one of them can't be had.
@@ -163,10 +164,14 @@ impl Groundwork {
         state.subdirectory(&at)?;
         let cpus = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
         let threads = cpus.saturating_mul(NonZeroUsize::new(VIEW_THREADS_PER_CPU).unwrap_or(cpus));
-        let view = View::mount(store.clone(), &at, identity.inputs_owner(), threads)?;
-        let strength = Strength { ids: Ids::from(&identity), inputs: Inputs::Fuse, network: Network::None };
+        let view = || View::mount(store.clone(), &at, identity.inputs_owner(), threads);
+        // Opened whether they are used or not: the last worker may have used them, and left some in a crash.
+        let copies = Copies::open(store.clone(), &state.copies(), identity.copies_owner())?;
+        let inputs = Inputs::choose(settings.isolation.inputs, view, copies)?;
+        let strength =
+            Strength { ids: Ids::from(&identity), inputs: inputs.strength(), network: Network::None };
         let builder =
-            Builder::new(settings, identity, strength, spawner, store.clone(), view, &state.builds())?;
+            Builder::new(settings, identity, strength, spawner, store.clone(), inputs, &state.builds())?;
         Ok(Worker { store, builder, _state: state, _claim: claim })
     }
 }
@@ -251,6 +256,11 @@ impl StateDir {
     /// Where the directories of builds lie.
     fn builds(&self) -> PathBuf {
         self.path.join("builds")
+    }
+
+    /// Where inputs are copied to.
+    fn copies(&self) -> PathBuf {
+        self.path.join("copies")
     }
 
     /// Where the view is mounted.

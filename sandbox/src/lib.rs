@@ -19,16 +19,18 @@
 
 mod child;
 pub mod ids;
+pub mod landlock;
 pub mod plan;
 pub mod probe;
 mod report;
 mod sabotage;
 pub mod scratch;
+pub mod seccomp;
 mod sources;
 mod spawner;
 mod sys;
 
 pub use ids::{IdMap, Identity, Owner};
-pub use plan::{Access, Command, Entry, Layer, Mount, MountPoint, Network, Plan};
+pub use plan::{Access, Command, Entry, Landlock, Layer, Mount, MountPoint, Network, Plan};
 pub use report::{ExitStatus, Report, SetupFailure, Step};
 pub use spawner::{Leftovers, Sandbox, SpawnError, Spawner, Stdio, serve_if_spawner};

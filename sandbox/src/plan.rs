@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::IdMap;
+use crate::seccomp;
 
 /// All that the child needs to know.
 #[derive(Debug, Serialize, Deserialize)]
@@ -22,6 +23,10 @@ pub struct Plan {
     pub mounts: Vec<MountPoint>,
     /// Whose network the command sees.
     pub network: Network,
+    /// Which system calls the command is refused. `None`: only what the kernel itself refuses it.
+    pub seccomp: Option<seccomp::Profile>,
+    /// What more of the outside is kept from the command than namespaces do.
+    pub landlock: Landlock,
     /// The command.
     pub command: Command,
 }
@@ -135,6 +140,15 @@ pub enum Network {
     Own,
     /// The host's.
     Host,
+}
+
+/// What more of the outside is kept from the command than namespaces do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Landlock {
+    /// Nothing.
+    Off,
+    /// Abstract unix sockets and signals. The kernel must have them ([`ABI_OF_SCOPES`](crate::landlock::ABI_OF_SCOPES)).
+    Scoped,
 }
 
 /// The command and what it starts with. Byte strings hold no NUL.

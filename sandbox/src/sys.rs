@@ -277,3 +277,57 @@ pub fn adopt(fd: RawFd) -> Result<std::fs::File, Errno> {
     // SAFETY: it is open, and was placed under this number for the caller alone.
     Ok(unsafe { std::fs::File::from_raw_fd(fd) })
 }
+
+/// Whether a seccomp filter may answer with this action. `EOPNOTSUPP`: it may not.
+pub fn seccomp_action_available(action: u32) -> Result<(), Errno> {
+    // SAFETY: the operation reads one integer, which lives across the call.
+    let answer =
+        unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_GET_ACTION_AVAIL, 0, &raw const action) };
+    Errno::result(answer).map(drop)
+}
+
+/// Runs this program before every system call of this process from now on (`seccomp(2)`).
+pub fn install_seccomp_filter(program: &[libc::sock_filter]) -> Result<(), Errno> {
+    let len = u16::try_from(program.len()).map_err(|_| Errno::EINVAL)?;
+    let program = libc::sock_fprog { len, filter: program.as_ptr().cast_mut() };
+    // SAFETY: pointer and length are those of a live slice, which the kernel copies and does not write to.
+    let answer =
+        unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program) };
+    Errno::result(answer).map(drop)
+}
+
+/// The argument of `landlock_create_ruleset(2)`, as of ABI 6.
+#[repr(C)]
+struct LandlockRuleset {
+    handled_access_fs: u64,
+    handled_access_net: u64,
+    scoped: u64,
+}
+
+/// The version of Landlock. `ENOSYS`, `EOPNOTSUPP`: there is none, or it is turned off.
+pub fn landlock_abi() -> Result<u32, Errno> {
+    const LANDLOCK_CREATE_RULESET_VERSION: c_uint = 1;
+    // SAFETY: with this flag the call takes no argument and makes nothing.
+    let answer = unsafe {
+        libc::syscall(
+            libc::SYS_landlock_create_ruleset,
+            std::ptr::null::<c_void>(),
+            0_usize,
+            LANDLOCK_CREATE_RULESET_VERSION,
+        )
+    };
+    Errno::result(answer).map(|version| version as u32)
+}
+
+/// Puts this process into a Landlock domain of its own with these scopes (`LANDLOCK_SCOPE_*`), which handles no access
+/// to files or networks.
+pub fn landlock_scope(scoped: u64) -> Result<(), Errno> {
+    let ruleset = LandlockRuleset { handled_access_fs: 0, handled_access_net: 0, scoped };
+    // SAFETY: the struct lives across the call and its size is given.
+    let ruleset = owned(unsafe {
+        libc::syscall(libc::SYS_landlock_create_ruleset, &raw const ruleset, size_of_val(&ruleset), 0)
+    })?;
+    // SAFETY: plain integers.
+    let answer = unsafe { libc::syscall(libc::SYS_landlock_restrict_self, ruleset.as_raw_fd(), 0) };
+    Errno::result(answer).map(drop)
+}

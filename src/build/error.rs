@@ -15,6 +15,7 @@ use super::request::{InvalidRequest, SandboxPath};
 use crate::castore::closure::{Finding, Problem};
 use crate::castore::ingest::TreeFault;
 use crate::castore::node::printable;
+use crate::inputs::ShowError;
 
 /// Why a build got no terminal event: the request's fault, the worker's, or the client's wish.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +38,15 @@ pub enum Fault {
     /// The client has gone, or took the request back.
     #[error("the build was cancelled")]
     Cancelled,
+}
+
+impl From<ShowError> for Fault {
+    fn from(error: ShowError) -> Self {
+        match error {
+            ShowError::Cancelled => Self::Cancelled,
+            error => WorkerError::new(WorkerPart::View, error).into(),
+        }
+    }
 }
 
 impl From<LogError> for Fault {

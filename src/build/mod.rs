@@ -24,21 +24,21 @@ mod roundtrip;
 use std::future::Future;
 use std::io::Read;
 use std::path::PathBuf;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use cofferdam_sandbox::{Identity, Report, SpawnError, Spawner};
+use cofferdam_sandbox::{Identity, Report, SpawnError, Spawner, landlock, seccomp};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::castore::Store;
 use crate::castore::closure::Closure;
 use crate::config::Settings;
+use crate::inputs::{Inputs, ShowError, Shown};
 use crate::isolation::{self, Strength};
 use crate::refscan::Patterns;
-use crate::view::{Exposed, View};
 
 use admission::{Slot, Slots};
 use error::{Cause, Fault, WorkerError, WorkerPart};
@@ -72,7 +72,7 @@ struct Means {
     /// What sandboxes are made of, but for the network, which each build chooses.
     strength: Strength,
     // Before the spawner, which waits for its sandboxes: they may be waiting for the view.
-    view: View,
+    inputs: Inputs,
     spawner: Spawner,
     store: Store,
     closure: Closure,
@@ -131,7 +131,7 @@ impl Builder {
         strength: Strength,
         spawner: Spawner,
         store: Store,
-        view: View,
+        inputs: Inputs,
         scratch: &std::path::Path,
     ) -> Result<Self, ScratchError> {
         let slots = Slots::new(settings.max_builds, settings.max_waiting);
@@ -143,7 +143,7 @@ impl Builder {
             strength,
             spawner,
             store,
-            view,
+            inputs,
             closure,
             scratch,
             slots,
@@ -251,17 +251,33 @@ struct Running {
 struct Held {
     cancel: Cancel,
     sandbox: sandbox::Running,
-    exposed: Option<Exposed>,
+    shown: Option<Shown>,
     scratch: Arc<Scratch>,
+}
+
+/// A build that was set up, and started in a sandbox.
+struct SetUp {
+    sandbox: sandbox::Running,
+    pipes: sandbox::Pipes,
+    shown: Option<Shown>,
+    scratch: Scratch,
+    /// Where each output will be found.
+    outputs: Vec<PathBuf>,
 }
 
 /// Tells work in other threads to stop, at the latest when it is dropped.
 #[derive(Default)]
 struct Cancel(Arc<AtomicBool>);
 
+impl Cancel {
+    fn cancel(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 impl Drop for Cancel {
     fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
+        self.cancel();
     }
 }
 
@@ -273,9 +289,9 @@ impl Held {
             // A read that the view does not answer can't be killed; without the view it ends.
             tracing::error!("a sandbox does not end although it was killed");
         }
-        drop(self.exposed);
         // The last holder removes the directory; a thread that still reads outputs may be that one.
-        if blocking(move || drop(self.scratch)).await.is_err() {
+        let (shown, scratch) = (self.shown, self.scratch);
+        if blocking(move || drop((shown, scratch))).await.is_err() {
             tracing::warn!("removing scratch ended early; the next start sweeps it");
         }
     }
@@ -297,7 +313,7 @@ impl Running {
     async fn run(self: Arc<Self>, tell_end: oneshot::Sender<Result<(), Fault>>, events: mpsc::Sender<Event>) {
         // Dropped with the last event, so that the stream ends while the rest is given back.
         let _ = events.send(Event::Started { build_id: self.id.clone() }).await;
-        let (held, ended) = match self.prepare().await {
+        let (held, ended) = match self.prepare(&events).await {
             Ok((mut held, pipes, places)) => {
                 let ended = tokio::select! {
                     ended = self.stages(&mut held, pipes, places, &events) => ended,
@@ -327,23 +343,38 @@ impl Running {
         }
     }
 
-    /// Everything up to the start of the command, in a thread where it may block.
-    async fn prepare(self: &Arc<Self>) -> Result<(Held, sandbox::Pipes, Vec<PathBuf>), Fault> {
-        let running = Arc::clone(self);
-        blocking(move || {
-            let Running { lease, request, id, .. } = &*running;
-            let exposed = running.expose()?;
-            let site = running.site(exposed.as_ref());
-            let Layout { plan, on_disk, outputs } = plan::lay_out(request, site);
-            let scratch = lease
-                .scratch
-                .create(id, &on_disk, &lease.identity, lease.slot_number())
-                .map_err(|error| WorkerError::new(WorkerPart::Scratch, error))?;
-            let (sandbox, pipes) = sandbox::Running::start(&lease.spawner, &plan)?;
-            let held = Held { cancel: Cancel::default(), sandbox, exposed, scratch: Arc::new(scratch) };
-            Ok((held, pipes, outputs))
-        })
-        .await?
+    /// Everything up to the start of the command, in a thread where it may block. Where inputs are copied it may
+    /// take long: it is cut short if the client goes.
+    async fn prepare(
+        self: &Arc<Self>,
+        events: &mpsc::Sender<Event>,
+    ) -> Result<(Held, sandbox::Pipes, Vec<PathBuf>), Fault> {
+        let (running, cancel) = (Arc::clone(self), Cancel::default());
+        let cancelled = Arc::clone(&cancel.0);
+        let mut prepared = pin!(blocking(move || running.set_up(&cancelled)));
+        let prepared = tokio::select! {
+            prepared = &mut prepared => prepared,
+            () = events.closed() => {
+                cancel.cancel();
+                prepared.await
+            }
+        };
+        let SetUp { sandbox, pipes, shown, scratch, outputs } = prepared??;
+        Ok((Held { cancel, sandbox, shown, scratch: Arc::new(scratch) }, pipes, outputs))
+    }
+
+    /// What [`Running::prepare`] does there.
+    fn set_up(&self, cancelled: &AtomicBool) -> Result<SetUp, Fault> {
+        let Running { lease, request, id, .. } = self;
+        let shown = self.show(cancelled)?;
+        let site = self.site(shown.as_ref());
+        let Layout { plan, on_disk, outputs } = plan::lay_out(request, site);
+        let scratch = lease
+            .scratch
+            .create(id, &on_disk, &lease.identity, lease.slot_number())
+            .map_err(|error| WorkerError::new(WorkerPart::Scratch, error))?;
+        let (sandbox, pipes) = sandbox::Running::start(&lease.spawner, &plan)?;
+        Ok(SetUp { sandbox, pipes, shown, scratch, outputs })
     }
 
     /// All the rest of a build's way.
@@ -354,21 +385,20 @@ impl Running {
         places: Vec<PathBuf>,
         events: &mpsc::Sender<Event>,
     ) -> Result<Vec<Output>, Stop> {
-        let report = follow(&mut held.sandbox, pipes, held.exposed.as_ref(), events).await?;
+        let report = follow(&mut held.sandbox, pipes, held.shown.as_ref(), events).await?;
         sandbox::judge(report, &self.request)?;
         self.take_in(places, held, events.clone()).await
     }
 
-    /// Shows the inputs in the view, if there are any.
-    fn expose(&self) -> Result<Option<Exposed>, WorkerError> {
+    /// Shows the inputs, if there are any.
+    fn show(&self, cancelled: &AtomicBool) -> Result<Option<Shown>, ShowError> {
         if self.request.inputs.is_empty() {
             return Ok(None);
         }
-        let exposed = self.lease.view.expose(&self.id, self.request.inputs.clone());
-        exposed.map(Some).map_err(|error| WorkerError::new(WorkerPart::View, error))
+        self.lease.inputs.show(&self.id, &self.request.inputs, cancelled).map(Some)
     }
 
-    fn site(&self, exposed: Option<&Exposed>) -> Site {
+    fn site(&self, shown: Option<&Shown>) -> Site {
         let network_files = match self.request.constraints.network {
             Network::None => Vec::new(),
             // A host without one of them gives its builds none either.
@@ -379,11 +409,13 @@ impl Running {
         };
         Site {
             build_dir: self.lease.scratch.path_of(&self.id),
-            inputs: exposed.map(|exposed| exposed.path().into()),
+            inputs: shown.map(|shown| shown.path().into()),
             ids: self.lease.identity.map(self.lease.slot_number()),
             host_paths: self.offer.host_paths.clone(),
             shell: self.lease.settings.shell.clone(),
             network_files,
+            seccomp: Some(seccomp::Profile::Parity),
+            landlock: landlock::offered(),
         }
     }
 
@@ -418,7 +450,7 @@ impl Running {
 async fn follow(
     sandbox: &mut sandbox::Running,
     pipes: sandbox::Pipes,
-    exposed: Option<&Exposed>,
+    shown: Option<&Shown>,
     events: &mpsc::Sender<Event>,
 ) -> Result<Report, Fault> {
     let (tell_dead, dead) = oneshot::channel();
@@ -434,8 +466,8 @@ async fn follow(
         Ok(logs::pump(pipes.stdout, pipes.stderr, dead, events.clone()).await?)
     };
     let faulted = async {
-        match exposed {
-            Some(exposed) => exposed.faulted().await,
+        match shown {
+            Some(shown) => shown.faulted().await,
             None => std::future::pending().await,
         }
     };
@@ -445,7 +477,7 @@ async fn follow(
         ended = async { tokio::try_join!(report, logs) } => ended?,
     };
     // It may have come with the very last read. A build that met a fault is not to be judged.
-    match exposed.and_then(Exposed::fault) {
+    match shown.and_then(Shown::fault) {
         Some(fault) => Err(view_failed(fault)),
         None => Ok(report),
     }

@@ -6,6 +6,8 @@ use std::process::ExitCode;
 mod support;
 
 mod attacks;
+mod confinement;
+mod copies;
 mod data;
 mod endings;
 mod faults;
@@ -19,6 +21,13 @@ fn main() -> ExitCode {
     trials.extend(support::in_every_mode(endings::tests()));
     trials.extend(support::in_every_mode(faults::tests()));
     trials.extend(support::in_every_mode(attacks::tests()));
+    trials.extend(support::in_every_mode_without_fuse(copies::tests()));
+    trials.extend(support::in_every_mode(copies::tests_with_fuse()));
+    let without_the_device =
+        |mode| support::without_fuse("without_the_device", mode, copies::without_the_device);
+    trials.extend(support::Mode::ALL.map(without_the_device));
+    trials.extend(support::in_every_mode(confinement::tests()));
+    trials.extend(confinement::by_other_ways());
     trials.push(support::in_mode("full_disk", support::Mode::Root, faults::full_disk));
     support::run(trials)
 }

@@ -1,6 +1,7 @@
 //! The sandbox's first process, from `clone3` to the end: a flat list of steps, in the order that the
 //! kernel demands.
 
+pub(crate) mod confine;
 mod init;
 pub(crate) mod masks;
 mod net;
@@ -76,6 +77,9 @@ fn set_up(plan: &Plan, mut go: File, sources: File) -> Result<(), SetupFailure> 
     privileges::leave_keyring()?;
     let sources = sources::receive(plan, sources.as_fd())?;
     privileges::become_root(&plan.ids)?;
+    if kept(Layer::Seccomp) {
+        confine::forbid_user_namespaces(plan.seccomp)?;
+    }
     rootfs::assemble(plan, sources)?;
     net::set_up(plan.network)?;
     if kept(Layer::Uts) {
@@ -85,6 +89,13 @@ fn set_up(plan: &Plan, mut go: File, sources: File) -> Result<(), SetupFailure> 
         privileges::limit()?;
     }
     privileges::drop_all()?;
+    // Both need the no_new_privs of that. The filter comes last: what is before may use any call.
+    if kept(Layer::Landlock) && kept(Layer::NoNewPrivs) {
+        confine::restrict(plan.landlock)?;
+    }
+    if kept(Layer::Seccomp) && kept(Layer::NoNewPrivs) {
+        confine::filter(plan.seccomp)?;
+    }
     // After the last change of ids, which clears it.
     tie_to_spawner(go.as_fd())
 }

@@ -38,7 +38,7 @@ pub fn try_all(examination: &mut Examination) {
     examination.add(Step::SubIds, programs::subordinate_ids(&host));
     examination.add(Step::IdHelpers, programs::id_helpers(&host));
     examination.add(Step::Pasta, programs::pasta());
-    examination.add(Step::Seccomp, attempt(confinement::seccomp));
+    examination.add(Step::Seccomp, attempt(confinement::filters));
     examination.add(Step::Landlock, attempt(confinement::landlock));
     examination.add(Step::Personality, attempt(same_addresses));
     examination.add(Step::ParentDeath, attempt(parent_death));

@@ -1,61 +1,66 @@
 //! What keeps a build from what it should not do.
 
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::AsFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::prctl;
+use nix::sys::stat::{Mode, fchmod};
 use nix::unistd;
 
 use super::outcome::{Act, Found, Tried, Trouble};
-use super::raw;
-use crate::child::{self, privileges};
+use crate::child::{self, confine, privileges};
 use crate::ids::{BUILD_GID, BUILD_UID};
-use crate::sys;
+use crate::seccomp::{self, Profile};
+use crate::{landlock, sys};
 
-/// The version of landlock that keeps processes off abstract sockets and each other.
-const LANDLOCK_SCOPES: u32 = 6;
-
-/// A system call filter that has an effect.
-pub fn seccomp() -> Tried {
-    prctl::set_no_new_privs().act("set no_new_privs")?;
-    for (action, name) in [
-        (libc::SECCOMP_RET_ERRNO, "answering with an error"),
-        (libc::SECCOMP_RET_KILL_PROCESS, "killing the process"),
-    ] {
-        raw::seccomp_knows(action).act(&format!("have system call filters act by {name}"))?;
-    }
+/// The filters that builds run under, and that they have an effect.
+pub fn filters() -> Tried {
     let install = "install a system call filter";
-    raw::seccomp_refuse_getppid(Errno::ENOMSG).act(install)?;
-    match raw::getppid() {
-        Err(Errno::ENOMSG) => Ok(Found::default()),
-        _ => Err(Trouble::said(install, "it has no effect")),
+    seccomp::supported().act("ask whether system call filters can refuse calls")?;
+    let file = memfd_create(c"cofferdam-doctor", MFdFlags::MFD_CLOEXEC).act("make a memfd")?;
+    prctl::set_no_new_privs().act("set no_new_privs")?;
+    for profile in Profile::ALL {
+        seccomp::install(profile).act(install)?;
+        // Every profile refuses to make programs that change whoever runs them.
+        match fchmod(&file, Mode::S_ISUID | Mode::S_IRWXU) {
+            Err(Errno::EPERM) => {}
+            _ => return Err(Trouble::said(install, format!("profile {profile} has no effect"))),
+        }
     }
+    Ok(Found::default())
 }
 
 /// Landlock, and what it holds.
 pub fn landlock() -> Tried {
-    let version = raw::landlock_version().act("ask for landlock's version")?;
+    let version = sys::landlock_abi().act("ask for landlock's version")?;
     let detail = format!("version {version}");
-    if version < LANDLOCK_SCOPES {
-        let short = Trouble::said(
-            "keep builds off abstract sockets with landlock",
-            format!("its version is {version}, and that takes {LANDLOCK_SCOPES} (Linux 6.12)"),
-        );
+    if version < landlock::ABI_OF_SCOPES {
+        let wanted = landlock::ABI_OF_SCOPES;
+        let words = format!("its version is {version}, and that takes {wanted} (Linux 6.12)");
+        let short = Trouble::said("keep builds off abstract sockets with landlock", words);
         return Ok(Found::but(detail, short));
     }
     let name = format!("cofferdam-doctor-{}", std::process::id());
     let address = SocketAddr::from_abstract_name(name).act("name an abstract socket")?;
     let _listener = UnixListener::bind_addr(&address).act("listen on an abstract socket")?;
     prctl::set_no_new_privs().act("set no_new_privs")?;
-    let ruleset = raw::landlock_scopes().act("make a landlock ruleset")?;
-    raw::landlock_restrict(ruleset.as_fd()).act("restrict a process with landlock")?;
+    landlock::restrict().act("restrict a process with landlock")?;
     match UnixStream::connect_addr(&address) {
         Err(error) if error.raw_os_error() == Some(libc::EPERM) => Ok(Found::with(detail)),
         _ => Err(Trouble::said("keep a process off abstract sockets with landlock", "it has no effect")),
+    }
+}
+
+/// In a sandbox: user namespaces closed, as the strict profile has it.
+pub fn no_user_namespaces() -> Tried {
+    confine::forbid_user_namespaces(Some(Profile::Strict))?;
+    match unshare(CloneFlags::CLONE_NEWUSER) {
+        Err(Errno::ENOSPC) => Ok(Found::default()),
+        _ => Err(Trouble::said("forbid user namespaces in a build", "they can still be made")),
     }
 }
 

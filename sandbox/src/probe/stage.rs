@@ -43,7 +43,7 @@ const STORAGE: [(Step, OnDisk); 4] = [
 ];
 
 /// Steps of a sandbox that need nothing of the host.
-const IN_SANDBOX: [(Step, fn() -> Tried); 11] = [
+const IN_SANDBOX: [(Step, fn() -> Tried); 12] = [
     (Step::Tmpfs, mounts::fresh_tmpfs),
     (Step::Proc, mounts::proc),
     (Step::Devpts, mounts::devpts),
@@ -55,6 +55,7 @@ const IN_SANDBOX: [(Step, fn() -> Tried); 11] = [
     (Step::ResourceLimits, confinement::resource_limits),
     (Step::DropPrivileges, confinement::drop_privileges),
     (Step::NestedNamespaces, confinement::nested_namespaces),
+    (Step::NoUserNamespaces, confinement::no_user_namespaces),
 ];
 
 /// Steps of a sandbox that is made of something of the host.

@@ -140,8 +140,10 @@ steps! {
         "builds with a root file system of their own can't run";
     Pivot, "pivot-root", Mounts, Builds, "pivot_root", "no build can run";
 
-    FuseDevice, "fuse-device", Inputs, Builds, "/dev/fuse", "inputs can't be shown to builds";
-    FuseMount, "fuse-mount", Inputs, Builds, "a FUSE mount in namespaces of our own", "inputs can't be shown to builds";
+    FuseDevice, "fuse-device", Inputs, Layer, "/dev/fuse",
+        "inputs are laid out as files for each build, which takes time and space";
+    FuseMount, "fuse-mount", Inputs, Layer, "a FUSE mount in namespaces of our own",
+        "inputs are laid out as files for each build, which takes time and space";
 
     Loopback, "loopback", Network, Builds, "loopback in a network namespace", "no build can run";
     Pasta, "pasta", Network, Layer, "pasta and its device, installed",
@@ -151,7 +153,9 @@ steps! {
     Keyring, "keyring", Confinement, Builds, "a session keyring of a build's own", "no build can run";
     ResourceLimits, "resource-limits", Confinement, Builds, "resource limits", "no build can run";
     DropPrivileges, "drop-privileges", Confinement, Builds, "no ids, no capabilities, no_new_privs", "no build can run";
-    Seccomp, "seccomp", Confinement, Layer, "system call filters", "no filter: the whole kernel is in a build's reach";
+    Seccomp, "seccomp", Confinement, Builds, "system call filters", "no build can run";
+    NoUserNamespaces, "no-user-namespaces", Confinement, Layer, "closing user namespaces to a build",
+        "builds under the strict profile fail";
     Landlock, "landlock", Confinement, Layer, "landlock", "no second wall around abstract sockets and signals";
     Personality, "personality", Confinement, Layer, "addresses that are the same in every run",
         "builds that print addresses differ from run to run";

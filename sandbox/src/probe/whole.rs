@@ -14,8 +14,10 @@ use nix::unistd;
 use super::Setup;
 use super::outcome::{Act, Found, Tried, Trouble};
 use crate::ids::{IdMap, Identity};
+use crate::landlock;
 use crate::plan::{Command, Layer, Mount, MountPoint, Network, Plan};
 use crate::report::{ExitStatus, Report};
+use crate::seccomp::Profile;
 use crate::spawner::{Leftovers, SpawnError, Spawner, Stdio};
 
 /// What is done, for the message where it isn't.
@@ -90,6 +92,8 @@ pub fn plan(base: PathBuf, ids: IdMap, mounts: Vec<MountPoint>) -> Plan {
         root: Layer::default(),
         mounts,
         network: Network::Own,
+        seccomp: Some(Profile::default()),
+        landlock: landlock::offered(),
         command: Command {
             program: b"/program".into(),
             arguments: vec![b"cofferdam".into(), b"--version".into()],

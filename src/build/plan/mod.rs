@@ -17,7 +17,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use cofferdam_sandbox::{
-    Access, Command, Entry, IdMap, Layer, Mount, MountPoint, Network as SandboxNetwork, Plan,
+    Access, Command, Entry, IdMap, Landlock, Layer, Mount, MountPoint, Network as SandboxNetwork, Plan,
+    seccomp,
 };
 
 use super::request::{Network, Request, SandboxPath, Shell};
@@ -57,6 +58,10 @@ pub struct Site {
     pub shell: Option<PathBuf>,
     /// Files of the host's `/etc` that a build with network sees, by name.
     pub network_files: Vec<(String, Vec<u8>)>,
+    /// Which system calls the build is refused.
+    pub seccomp: Option<seccomp::Profile>,
+    /// What more of the outside is kept from it than namespaces do.
+    pub landlock: Landlock,
 }
 
 /// A build, laid out.
@@ -141,6 +146,8 @@ pub fn lay_out(request: &Request, site: Site) -> Layout {
                 Network::None => SandboxNetwork::Own,
                 Network::Required => SandboxNetwork::Host,
             },
+            seccomp: site.seccomp,
+            landlock: site.landlock,
             command: command(request),
         },
     }

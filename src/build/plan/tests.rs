@@ -48,6 +48,8 @@ fn laid_out(parts: Parts) -> Layout {
         host_paths: request.constraints.ro_paths.clone(),
         shell: Some("/static/sh".into()),
         network_files: vec![("resolv.conf".into(), b"nameserver ::1\n".to_vec())],
+        seccomp: None,
+        landlock: cofferdam_sandbox::Landlock::Off,
     };
     lay_out(&request, site)
 }

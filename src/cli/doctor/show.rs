@@ -144,7 +144,6 @@ fn offer(report: &Report) -> Vec<(&'static str, String)> {
         ("ids", detail(Step::Enter)),
         ("inputs", either(Step::FuseMount, "shown over FUSE", "laid out as files: no FUSE")),
         ("network", either(Step::Pasta, "none, or one apart from the host's", "none, or the host's")),
-        ("calls", either(Step::Seccomp, "can be filtered", "the whole kernel: no filters")),
         (
             "limits",
             either(Step::CgroupControllers, "memory, processors, processes", "none of memory and processes"),
