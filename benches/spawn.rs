@@ -14,8 +14,8 @@ use std::path::{Path, PathBuf};
 
 use cofferdam_sandbox::ids::{self, OwnIds};
 use cofferdam_sandbox::{
-    Access, Command, Entry, ExitStatus, Identity, Layer, Leftovers, Mount, MountPoint, Network, Plan, Report,
-    Spawner, Stdio,
+    Access, Command, Entry, ExitStatus, Identity, Layer, Leftovers, Limits, Mount, MountPoint, Network, Plan,
+    Report, Spawner, Stdio, TmpfsSize, landlock, seccomp::Profile,
 };
 
 mod common;
@@ -91,10 +91,10 @@ impl Sandbox {
 
 /// As `build::plan` lays a build out that has inputs in `nix/store`.
 fn plan(identity: &Identity, base: PathBuf, inputs: PathBuf) -> Plan {
-    let mut mounts = vec![
+    let mut mounts = [
         ("build", Mount::Writable { source: "build".into() }),
         ("dev/pts", Mount::Devpts),
-        ("dev/shm", Mount::Tmpfs { mode: 0o1777, size: "50%".into() }),
+        ("dev/shm", Mount::Tmpfs { mode: 0o1777, size: TmpfsSize { bytes: 1 << 30, inodes: 65_536 } }),
         (
             "nix/store",
             Mount::InputsBelow {
@@ -135,6 +135,10 @@ fn plan(identity: &Identity, base: PathBuf, inputs: PathBuf) -> Plan {
         },
         mounts,
         network: Network::Own,
+        seccomp: Some(Profile::Parity),
+        landlock: landlock::offered(),
+        cgroup: None,
+        limits: Limits { processes: Some(4096), ..Limits::default() },
         command: Command {
             program: b"/nix/store/busybox".to_vec(),
             arguments: vec![b"true".to_vec()],

@@ -16,5 +16,6 @@ mod recent;
 pub mod refscan;
 pub mod remote;
 pub mod server;
+pub mod size;
 pub mod view;
 pub mod worker;

@@ -97,6 +97,8 @@ pub enum Step {
     ReadPlan,
     /// `clone3(2)` with all namespaces.
     Clone,
+    /// The cgroup is opened, or made the root of a namespace.
+    Cgroup,
     /// The id maps are written.
     MapIds,
     /// A pipe to the child is made.
@@ -180,6 +182,7 @@ impl fmt::Display for Step {
         f.write_str(match self {
             Step::ReadPlan => "read the plan of the sandbox",
             Step::Clone => "make namespaces",
+            Step::Cgroup => "enter the cgroup",
             Step::MapIds => "write the id map",
             Step::Pipe => "make a pipe",
             Step::Streams => "put the standard streams in place",

@@ -2,6 +2,7 @@
 
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::path::Path;
 
 use libc::{c_int, c_long, c_uint, c_void};
 use nix::errno::Errno;
@@ -28,17 +29,23 @@ pub enum Cloned {
     },
 }
 
-/// `clone3(2)` in the manner of `fork`, with `CLONE_PIDFD` and new namespaces.
+/// `clone3(2)` in the manner of `fork`, with `CLONE_PIDFD` and new namespaces, into the cgroup whose directory is given.
 ///
 /// # Safety
 /// The calling process must be single-threaded, so that the child's copy of the memory is consistent.
-pub unsafe fn clone_process(namespaces: c_int) -> Result<Cloned, Errno> {
+pub unsafe fn clone_process(namespaces: c_int, cgroup: Option<BorrowedFd<'_>>) -> Result<Cloned, Errno> {
+    // As linux/sched.h has it; libc's constant is cut off.
+    const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
     let mut pidfd: RawFd = -1;
     // SAFETY: all-zero is a valid value of this struct of integers.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
     args.flags = namespaces as u64 | libc::CLONE_PIDFD as u64;
     args.pidfd = (&raw mut pidfd) as u64;
     args.exit_signal = libc::SIGCHLD as u64;
+    if let Some(cgroup) = cgroup {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = cgroup.as_raw_fd() as u64;
+    }
     // SAFETY: `args` and `pidfd` live across the call; no stack is given, so the child goes on with a copy
     // of this one, as after fork; the caller upholds that there is one thread.
     let answer = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of_val(&args)) };
@@ -69,6 +76,17 @@ pub fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: c_int) -> Result<(), Err
         libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, std::ptr::null::<c_void>(), 0)
     };
     Errno::result(answer).map(drop)
+}
+
+/// Whether an extended attribute of the file at `path` is there and has this value.
+pub fn has_attribute(path: &Path, name: &CStr, value: &[u8]) -> bool {
+    use std::os::unix::ffi::OsStrExt;
+    let Ok(path) = CString::new(path.as_os_str().as_bytes()) else { return false };
+    let mut buffer = [0_u8; 16];
+    // SAFETY: both names are C strings, and pointer and length those of the buffer; all live across the call.
+    let answer =
+        unsafe { libc::getxattr(path.as_ptr(), name.as_ptr(), buffer.as_mut_ptr().cast(), buffer.len()) };
+    usize::try_from(answer).is_ok_and(|length| buffer.get(..length) == Some(value))
 }
 
 /// Marks every descriptor from `first` to `last` close-on-exec, or closes it.

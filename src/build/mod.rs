@@ -10,6 +10,7 @@
 pub mod admission;
 pub mod error;
 pub mod events;
+mod limits;
 pub mod logs;
 mod offer;
 mod outputs;
@@ -30,7 +31,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use cofferdam_sandbox::{Identity, Report, SpawnError, Spawner, landlock, seccomp};
+use cofferdam_sandbox::cgroup::{BuildCgroup, Cgroups};
+use cofferdam_sandbox::{ExitStatus, Identity, Report, SpawnError, Spawner, landlock, seccomp};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::castore::Store;
@@ -43,6 +45,7 @@ use crate::refscan::Patterns;
 use admission::{Slot, Slots};
 use error::{Cause, Fault, WorkerError, WorkerPart};
 use events::{Event, Output};
+use limits::{Budget, Disk, Reached, Watch};
 use offer::Offer;
 use outputs::{Intake, IntakeError};
 use plan::{Layout, Site};
@@ -78,6 +81,10 @@ struct Means {
     closure: Closure,
     scratch: ScratchRoot,
     slots: Slots,
+    // After the spawner: builds must have left before it is removed.
+    cgroups: Option<Cgroups>,
+    budget: Budget,
+    disk: Arc<Disk>,
     broken: watch::Sender<bool>,
 }
 
@@ -130,13 +137,17 @@ impl Builder {
         identity: Identity,
         strength: Strength,
         spawner: Spawner,
+        cgroups: Option<Cgroups>,
         store: Store,
         inputs: Inputs,
         scratch: &std::path::Path,
     ) -> Result<Self, ScratchError> {
+        let path = scratch;
         let slots = Slots::new(settings.max_builds, settings.max_waiting);
         let scratch = ScratchRoot::open(scratch)?;
         let closure = Closure::new();
+        let budget = Budget::new(&settings.limits, settings.max_builds, cgroups.as_ref());
+        let disk = Arc::new(Disk::new(scratch.dir(), path.into(), settings.limits.floor));
         Ok(Self(Arc::new(Means {
             settings,
             identity,
@@ -147,6 +158,9 @@ impl Builder {
             closure,
             scratch,
             slots,
+            cgroups,
+            budget,
+            disk,
             broken: watch::Sender::new(false),
         })))
     }
@@ -252,6 +266,7 @@ struct Held {
     cancel: Cancel,
     sandbox: sandbox::Running,
     shown: Option<Shown>,
+    cgroup: Option<BuildCgroup>,
     scratch: Arc<Scratch>,
 }
 
@@ -260,6 +275,7 @@ struct SetUp {
     sandbox: sandbox::Running,
     pipes: sandbox::Pipes,
     shown: Option<Shown>,
+    cgroup: Option<BuildCgroup>,
     scratch: Scratch,
     /// Where each output will be found.
     outputs: Vec<PathBuf>,
@@ -285,13 +301,25 @@ impl Held {
     /// Gives everything back, in the order that dependence demands.
     async fn release(self) {
         drop(self.cancel);
+        let cgroup = self.cgroup;
+        if let Some(cgroup) = &cgroup {
+            // All at once, where the end of its first process would be told to one after the other.
+            cgroup.kill();
+        }
         if tokio::time::timeout(END_PATIENCE, self.sandbox.end()).await.is_err() {
             // A read that the view does not answer can't be killed; without the view it ends.
             tracing::error!("a sandbox does not end although it was killed");
         }
         // The last holder removes the directory; a thread that still reads outputs may be that one.
         let (shown, scratch) = (self.shown, self.scratch);
-        if blocking(move || drop((shown, scratch))).await.is_err() {
+        let remove = move || {
+            drop(shown);
+            if let Some(Err(error)) = cgroup.map(BuildCgroup::remove) {
+                tracing::warn!(%error, "a cgroup is left; the end of this program, or the next start, removes it");
+            }
+            drop(scratch);
+        };
+        if blocking(remove).await.is_err() {
             tracing::warn!("removing scratch ended early; the next start sweeps it");
         }
     }
@@ -359,22 +387,24 @@ impl Running {
                 prepared.await
             }
         };
-        let SetUp { sandbox, pipes, shown, scratch, outputs } = prepared??;
-        Ok((Held { cancel, sandbox, shown, scratch: Arc::new(scratch) }, pipes, outputs))
+        let SetUp { sandbox, pipes, shown, cgroup, scratch, outputs } = prepared??;
+        Ok((Held { cancel, sandbox, shown, cgroup, scratch: Arc::new(scratch) }, pipes, outputs))
     }
 
     /// What [`Running::prepare`] does there.
     fn set_up(&self, cancelled: &AtomicBool) -> Result<SetUp, Fault> {
         let Running { lease, request, id, .. } = self;
         let shown = self.show(cancelled)?;
-        let site = self.site(shown.as_ref());
+        let cgroup = lease.cgroups.as_ref().map(|all| all.create(id, &lease.budget.limits)).transpose();
+        let cgroup = cgroup.map_err(|error| WorkerError::new(WorkerPart::Sandbox, error))?;
+        let site = self.site(shown.as_ref(), cgroup.as_ref());
         let Layout { plan, on_disk, outputs } = plan::lay_out(request, site);
         let scratch = lease
             .scratch
             .create(id, &on_disk, &lease.identity, lease.slot_number())
             .map_err(|error| WorkerError::new(WorkerPart::Scratch, error))?;
         let (sandbox, pipes) = sandbox::Running::start(&lease.spawner, &plan)?;
-        Ok(SetUp { sandbox, pipes, shown, scratch, outputs })
+        Ok(SetUp { sandbox, pipes, shown, cgroup, scratch, outputs })
     }
 
     /// All the rest of a build's way.
@@ -385,8 +415,11 @@ impl Running {
         places: Vec<PathBuf>,
         events: &mpsc::Sender<Event>,
     ) -> Result<Vec<Output>, Stop> {
-        let report = follow(&mut held.sandbox, pipes, held.shown.as_ref(), events).await?;
-        sandbox::judge(report, &self.request)?;
+        let watch = self.lease.disk.watch(held.scratch.dir(), self.lease.budget.scratch);
+        let report = follow(&mut held.sandbox, pipes, held.shown.as_ref(), &watch, events).await?;
+        drop(watch);
+        let reached = self.reached(&report, held).await?;
+        sandbox::judge(report, &self.request, &reached)?;
         self.take_in(places, held, events.clone()).await
     }
 
@@ -398,7 +431,22 @@ impl Running {
         self.lease.inputs.show(&self.id, &self.request.inputs, cancelled).map(Some)
     }
 
-    fn site(&self, shown: Option<&Shown>) -> Site {
+    /// The limits that the end of the build has to do with.
+    async fn reached(&self, report: &Report, held: &Held) -> Result<Reached, Fault> {
+        let readings = held.cgroup.as_ref().map(BuildCgroup::readings).unwrap_or_default();
+        tracing::debug!(build = %self.id, ?readings, "ended");
+        let budget = &self.lease.budget;
+        let longest_file = match (report, budget.limits.file_size) {
+            (Report::Ended(ExitStatus::Code(0)), _) | (_, None) => 0,
+            _ => {
+                let (dir, cancel) = (held.scratch.dir(), Arc::clone(&held.cancel.0));
+                blocking(move || limits::longest_file(&dir, &cancel)).await?
+            }
+        };
+        Ok(budget.reached(report, &readings, longest_file))
+    }
+
+    fn site(&self, shown: Option<&Shown>, cgroup: Option<&BuildCgroup>) -> Site {
         let network_files = match self.request.constraints.network {
             Network::None => Vec::new(),
             // A host without one of them gives its builds none either.
@@ -411,6 +459,9 @@ impl Running {
             build_dir: self.lease.scratch.path_of(&self.id),
             inputs: shown.map(|shown| shown.path().into()),
             ids: self.lease.identity.map(self.lease.slot_number()),
+            cgroup: cgroup.map(|cgroup| cgroup.inner().into()),
+            limits: self.lease.budget.limits.clone(),
+            shm: self.lease.budget.shm,
             host_paths: self.offer.host_paths.clone(),
             shell: self.lease.settings.shell.clone(),
             network_files,
@@ -451,8 +502,9 @@ async fn follow(
     sandbox: &mut sandbox::Running,
     pipes: sandbox::Pipes,
     shown: Option<&Shown>,
+    watch: &Watch,
     events: &mpsc::Sender<Event>,
-) -> Result<Report, Fault> {
+) -> Result<Report, Stop> {
     let (tell_dead, dead) = oneshot::channel();
     let report = async {
         let report = sandbox.report().await?;
@@ -474,6 +526,7 @@ async fn follow(
     let view_failed = |fault| WorkerError::new(WorkerPart::View, fault).into();
     let (report, ()) = tokio::select! {
         fault = faulted => return Err(view_failed(fault)),
+        excess = watch.excess() => return Err(excess),
         ended = async { tokio::try_join!(report, logs) } => ended?,
     };
     // It may have come with the very last read. A build that met a fault is not to be judged.

@@ -60,6 +60,11 @@ impl ScratchRoot {
         Ok(Self { dir: Arc::new(dir), path: path.into() })
     }
 
+    /// The directory itself.
+    pub fn dir(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.dir)
+    }
+
     /// Where the directory of the build called `id` is.
     pub fn path_of(&self, id: &str) -> PathBuf {
         self.path.join(id)
@@ -91,6 +96,11 @@ impl ScratchRoot {
 }
 
 impl Scratch {
+    /// The directory itself.
+    pub fn dir(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.dir)
+    }
+
     /// Opens the directory that holds `path`; `None` where it isn't there. Symbolic links are not followed: the
     /// build may have put them anywhere.
     ///

@@ -4,6 +4,7 @@ pub mod build;
 pub mod daemon;
 pub mod doctor;
 mod isolation;
+mod limits;
 mod render;
 pub mod run;
 mod shell;

@@ -11,6 +11,7 @@ mod copies;
 mod data;
 mod endings;
 mod faults;
+mod limits;
 mod sandbox;
 mod streams;
 
@@ -28,6 +29,9 @@ fn main() -> ExitCode {
     trials.extend(support::Mode::ALL.map(without_the_device));
     trials.extend(support::in_every_mode(confinement::tests()));
     trials.extend(confinement::by_other_ways());
+    trials.extend(support::in_every_mode(limits::tests()));
+    trials.extend(support::in_own_mode(limits::tests_in_own_mode()));
+    trials.extend(limits::cgroup_tests());
     trials.push(support::in_mode("full_disk", support::Mode::Root, faults::full_disk));
     support::run(trials)
 }

@@ -34,6 +34,8 @@ pub enum Facility {
     Python,
     /// System calls of 32-bit programs.
     Calls32,
+    /// A cgroup2 file system that can be added to.
+    Cgroup2,
     /// The C sources of `scripts/sources`.
     Sources,
 }
@@ -48,6 +50,7 @@ impl Facility {
             Facility::Debootstrap => "debootstrap",
             Facility::Python => "python",
             Facility::Calls32 => "calls32",
+            Facility::Cgroup2 => "cgroup2",
             Facility::Sources => "sources",
         }
     }

@@ -16,6 +16,7 @@ use std::panic::AssertUnwindSafe;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
 use nix::sys::signal::Signal;
 use nix::sys::stat::{Mode, umask};
@@ -74,6 +75,11 @@ fn set_up(plan: &Plan, mut go: File, sources: File) -> Result<(), SetupFailure> 
     // Entries get exactly the modes that the plan says.
     umask(Mode::empty());
 
+    if kept(Layer::CgroupNamespace) {
+        // Not by clone3, for which the root would be the spawner's cgroup.
+        unshare(CloneFlags::CLONE_NEWCGROUP).map_err(|errno| SetupFailure::new(Step::Cgroup, errno, ""))?;
+    }
+    privileges::volunteer_for_oom();
     privileges::leave_keyring()?;
     let sources = sources::receive(plan, sources.as_fd())?;
     privileges::become_root(&plan.ids)?;
@@ -86,7 +92,7 @@ fn set_up(plan: &Plan, mut go: File, sources: File) -> Result<(), SetupFailure> 
         set_names()?;
     }
     if kept(Layer::Limits) {
-        privileges::limit()?;
+        privileges::limit(&plan.limits, &plan.ids)?;
     }
     privileges::drop_all()?;
     // Both need the no_new_privs of that. The filter comes last: what is before may use any call.

@@ -362,7 +362,7 @@ fn landlock(trouble: &Trouble) -> Option<Advice> {
 
 fn cgroup(trouble: &Trouble, host: &Host) -> Option<Advice> {
     const DELEGATE: &str = "for a service: Delegate=yes in its unit; at a terminal: systemd-run --user --scope -p \
-                            Delegate=yes cofferdam ... (root: without --user)";
+                            Delegate=yes cofferdam ... (root: without --user); or name one with --cgroup";
     const VERSION_2: &str = "boot with systemd.unified_cgroup_hierarchy=1 or cgroup_no_v1=all";
     if host.cgroup_dir().is_none() {
         return Some(match &host.cgroup {
@@ -377,22 +377,15 @@ fn cgroup(trouble: &Trouble, host: &Host) -> Option<Advice> {
         });
     }
     match (trouble.as_errno(), &trouble.why) {
-        (Some(Errno::EACCES | Errno::EPERM), _) if uses_v1(host) => Some(Advice::new(
-            "the group was not delegated to this user, and cgroup version 1 has the controllers on this machine",
-            format!("{VERSION_2}; then {DELEGATE}"),
-        )),
-        (Some(Errno::EACCES | Errno::EPERM), _) => {
-            Some(Advice::new("the group was not delegated to this user", DELEGATE))
-        }
         (Some(Errno::EROFS), _) => Some(Advice::new(
             "the cgroup file system is mounted read-only",
             "in a container: --privileged, or mount /sys/fs/cgroup writable with --cgroupns=private",
         )),
-        (None, Why::Said(_)) if uses_v1(host) => {
-            Some(Advice::new("cgroup version 1 has the controllers on this machine", VERSION_2))
-        }
-        (None, Why::Said(_)) => Some(Advice::new("they were not delegated", DELEGATE)),
-        _ => None,
+        _ if uses_v1(host) => Some(Advice::new(
+            "cgroup version 1 has the controllers on this machine",
+            format!("{VERSION_2}; then {DELEGATE}"),
+        )),
+        _ => Some(Advice::fix(DELEGATE)),
     }
 }
 

@@ -46,7 +46,7 @@ pub fn try_all(examination: &mut Examination) {
     examination.add(Step::CloseRange, attempt(close_range));
     examination.add(Step::Memfd, attempt(memfd));
     examination.add(Step::Kvm, attempt(kvm));
-    cgroups::try_all(examination, &host);
+    cgroups::try_all(examination);
 }
 
 fn namespaces(examination: &mut Examination) {
@@ -141,7 +141,7 @@ fn set_child_up(ready: std::os::fd::OwnedFd) -> Result<(), Errno> {
 
 fn pidfd() -> Tried {
     // SAFETY: this process is a copy of one with one thread.
-    match unsafe { sys::clone_process(0) }.act("make a process with clone3 and a pidfd")? {
+    match unsafe { sys::clone_process(0, None) }.act("make a process with clone3 and a pidfd")? {
         sys::Cloned::Child => loop {
             unistd::pause();
         },

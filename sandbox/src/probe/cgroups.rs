@@ -1,55 +1,77 @@
-//! Control groups (v2): whether builds can have some of their own.
+//! Control groups (v2): whether builds can have some of their own, and be limited by them.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::{self, ForkResult, Pid};
+use nix::unistd::{self, ForkResult, Pid, Uid};
 
 use super::Examination;
-use super::host::Host;
-use super::outcome::{Act, Found, Outcome, Tried, Trouble};
+use super::outcome::{Act, Found, Tried, Trouble};
 use super::steps::Step;
 use super::trial::attempt;
+use crate::cgroup::{self, Cgroups, Choice, Controller, Privilege, Status};
 
-/// What limits of builds are made with.
-const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
+/// What limits of builds are made with, and a file of each that takes one.
+const LIMITS: [(Controller, &str, &str); 3] = [
+    (Controller::Cpu, "cpu.weight", "50"),
+    (Controller::Memory, "memory.max", "1073741824"),
+    (Controller::Pids, "pids.max", "100"),
+];
 
-/// Tries them all.
-pub fn try_all(examination: &mut Examination, host: &Host) {
-    let Some(own) = host.cgroup_dir() else {
-        let trouble = Trouble::said("find this process's cgroup (v2)", "there is none to be seen");
-        examination.add(Step::Cgroup, Err(trouble));
-        examination.add_untried(Step::CgroupControllers, Step::Cgroup);
-        examination.add_untried(Step::CgroupKill, Step::Cgroup);
-        return;
+/// Tries them all, in the subtree that a worker would use, which is left as it was.
+///
+/// In this process and not in one of its own: it is this one that has to make room.
+pub fn try_all(examination: &mut Examination) {
+    let privilege = if Uid::effective().is_root() { Privilege::Root } else { Privilege::User };
+    let trouble = match cgroup::find(&Choice::Auto, privilege) {
+        Ok(cgroup::Found { cgroups: Some(cgroups), .. }) => {
+            examination.add(Step::Cgroup, Ok(Found::with(cgroups.path().display().to_string())));
+            examination.add(Step::CgroupControllers, controllers(&cgroups));
+            examination.add(Step::CgroupKill, within(&cgroups, kill));
+            return;
+        }
+        Ok(cgroup::Found { status: Status::None { reason }, .. }) => Trouble::said(FIND, reason),
+        Ok(cgroup::Found { status, .. }) => Trouble::said(FIND, status.to_string()),
+        Err(error) => Trouble::io(format!("{} {}", error.act, error.path.display()), &error.source),
     };
-    examination.add(Step::Cgroup, within(&own, enter));
-    if !examination.outcome(Step::Cgroup).is_some_and(Outcome::is_usable) {
-        examination.add_untried(Step::CgroupControllers, Step::Cgroup);
-        examination.add_untried(Step::CgroupKill, Step::Cgroup);
-        return;
-    }
-    examination.add(Step::CgroupControllers, controllers(&own));
-    examination.add(Step::CgroupKill, within(&own, kill));
+    examination.add(Step::Cgroup, Err(trouble));
+    examination.add_untried(Step::CgroupControllers, Step::Cgroup);
+    examination.add_untried(Step::CgroupKill, Step::Cgroup);
 }
 
-/// Tries something in a new group below `own`, which is removed.
-fn within(own: &Path, act: fn(&Path) -> Tried) -> Tried {
-    let group = own.join(format!("cofferdam-doctor-{}", std::process::id()));
-    let made = group.clone();
+const FIND: &str = "use cgroups";
+
+/// Tries something in a new group of the program's, which is removed.
+fn within(cgroups: &Cgroups, act: fn(&Path) -> Tried) -> Tried {
+    let group = cgroups.path().join("doctor");
     let tried = attempt(|| {
-        fs::create_dir(&made).act(&format!("make a cgroup in {}", parent(&made).display()))?;
-        act(&made)
+        fs::create_dir(&group).act("make a cgroup")?;
+        act(&group)
     });
     remove(&group);
     tried
 }
 
-fn parent(group: &Path) -> PathBuf {
-    group.parent().unwrap_or(group).to_owned()
+/// A group with limits, as far as there are controllers.
+fn controllers(cgroups: &Cgroups) -> Tried {
+    let has = cgroups.controllers();
+    let names = has.iter().map(|one| one.name()).collect::<Vec<_>>().join(" ");
+    let lacking: Vec<&str> =
+        LIMITS.iter().filter(|(one, ..)| !has.contains(one)).map(|(one, ..)| one.name()).collect();
+    if !lacking.is_empty() {
+        let short = Trouble::said("limit builds by cgroups", format!("there is no {}", lacking.join(", ")));
+        return if has.is_empty() { Err(short) } else { Ok(Found::but(names, short)) };
+    }
+    within(cgroups, |group| {
+        for (_, file, limit) in LIMITS {
+            fs::write(group.join(file), limit).act(&format!("write {file}"))?;
+        }
+        Ok(Found::default())
+    })
+    .map(|_| Found::with(names))
 }
 
 /// A group is busy until the last of its processes is reaped, which may not be ours to do.
@@ -62,12 +84,6 @@ fn remove(group: &Path) {
             _ => return,
         }
     }
-}
-
-fn enter(group: &Path) -> Tried {
-    let procs = group.join("cgroup.procs");
-    fs::write(procs, "0").act("move a process into a cgroup of its own")?;
-    Ok(Found::with(parent(group).display().to_string()))
 }
 
 /// A process in a group of its own, killed with the group.
@@ -101,19 +117,4 @@ fn kill_group(group: &Path, child: Pid) -> Result<(), Trouble> {
     fs::write(group.join("cgroup.procs"), child.to_string())
         .act("move a process into a cgroup of its own")?;
     fs::write(group.join("cgroup.kill"), "1").act("write cgroup.kill")
-}
-
-fn controllers(own: &Path) -> Tried {
-    let there = fs::read_to_string(own.join("cgroup.controllers")).act("read cgroup.controllers")?;
-    let lacking: Vec<&str> = CONTROLLERS
-        .into_iter()
-        .filter(|name| !there.split_whitespace().any(|there| there == *name))
-        .collect();
-    match lacking.is_empty() {
-        true => Ok(Found::with(CONTROLLERS.join(" "))),
-        false => Err(Trouble::said(
-            "limit builds by cgroups",
-            format!("{} has no {}", own.display(), lacking.join(", ")),
-        )),
-    }
 }

@@ -13,7 +13,8 @@ use nix::unistd;
 
 use super::outcome::{Act, Found, Tried, Trouble};
 use crate::child::{self, confine, privileges};
-use crate::ids::{BUILD_GID, BUILD_UID};
+use crate::ids::{BUILD_GID, BUILD_UID, IdMap};
+use crate::plan::Limits;
 use crate::seccomp::{self, Profile};
 use crate::{landlock, sys};
 
@@ -95,8 +96,16 @@ pub fn keyring() -> Tried {
 }
 
 /// In a sandbox: limits of a build.
-pub fn resource_limits() -> Tried {
-    privileges::limit()?;
+pub fn resource_limits(ids: &IdMap) -> Tried {
+    const LIMITS: Limits = Limits {
+        controllers: Vec::new(),
+        memory: Some(1 << 30),
+        swap: None,
+        processes: Some(1000),
+        cpu_weight: None,
+        file_size: Some(1 << 30),
+    };
+    privileges::limit(&LIMITS, ids)?;
     Ok(Found::default())
 }
 

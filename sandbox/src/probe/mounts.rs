@@ -19,7 +19,7 @@ use super::whole;
 use crate::child::masks;
 use crate::child::rootfs::{self, Kind};
 use crate::ids::IdMap;
-use crate::plan::{Access, Mount, MountPoint, Plan};
+use crate::plan::{Access, Mount, MountPoint, Plan, TmpfsSize};
 use crate::sources::{self, Source};
 use crate::sys;
 
@@ -33,9 +33,12 @@ const DEVICES: [(&str, OFlag); 6] = [
     ("zero", OFlag::O_RDONLY),
 ];
 
+/// Room for all that is made in a tmpfs here.
+const SMALL: TmpfsSize = TmpfsSize { bytes: 1 << 22, inodes: 100 };
+
 /// A tmpfs that is attached, as the root of a sandbox is.
 fn attached() -> Result<OwnedFd, Trouble> {
-    let tmpfs = rootfs::tmpfs(c"0755", None).act("mount a tmpfs")?;
+    let tmpfs = rootfs::tmpfs(0o755, SMALL).act("mount a tmpfs")?;
     attach(&tmpfs)?;
     Ok(tmpfs)
 }
@@ -53,7 +56,7 @@ fn place(root: &OwnedFd, name: &str, kind: Kind) -> Result<OwnedFd, Trouble> {
 
 /// In a sandbox: a tmpfs that takes files.
 pub fn fresh_tmpfs() -> Tried {
-    let tmpfs = rootfs::tmpfs(c"0755", None).act("mount a tmpfs")?;
+    let tmpfs = rootfs::tmpfs(0o755, SMALL).act("mount a tmpfs")?;
     write_file(tmpfs.as_fd(), c"file", "write to a tmpfs")?;
     Ok(Found::default())
 }

@@ -43,7 +43,7 @@ const STORAGE: [(Step, OnDisk); 4] = [
 ];
 
 /// Steps of a sandbox that need nothing of the host.
-const IN_SANDBOX: [(Step, fn() -> Tried); 12] = [
+const IN_SANDBOX: [(Step, fn() -> Tried); 11] = [
     (Step::Tmpfs, mounts::fresh_tmpfs),
     (Step::Proc, mounts::proc),
     (Step::Devpts, mounts::devpts),
@@ -52,7 +52,6 @@ const IN_SANDBOX: [(Step, fn() -> Tried); 12] = [
     (Step::Loopback, confinement::loopback),
     (Step::HostName, confinement::host_name),
     (Step::Keyring, confinement::keyring),
-    (Step::ResourceLimits, confinement::resource_limits),
     (Step::DropPrivileges, confinement::drop_privileges),
     (Step::NestedNamespaces, confinement::nested_namespaces),
     (Step::NoUserNamespaces, confinement::no_user_namespaces),
@@ -245,6 +244,9 @@ impl Stage {
             for (step, act) in IN_SANDBOX {
                 self.tell(step, in_sandbox(&self.identity.map(0), nothing, |()| act()));
             }
+            let ids = self.identity.map(0);
+            let limited = in_sandbox(&ids, nothing, |()| confinement::resource_limits(&ids));
+            self.tell(Step::ResourceLimits, limited);
             for (step, act) in FROM_HOST {
                 self.tell(step, act(&self.identity.map(0)));
             }
@@ -283,7 +285,12 @@ impl Stage {
     fn without(&self, needs: Step) {
         let sandbox = IN_SANDBOX.iter().map(|(step, _)| *step);
         let from_host = FROM_HOST.iter().map(|(step, _)| *step);
-        for step in sandbox.chain(from_host).chain([Step::Groups, Step::StateOverlay, Step::WholeSandbox]) {
+        for step in sandbox.chain(from_host).chain([
+            Step::Groups,
+            Step::ResourceLimits,
+            Step::StateOverlay,
+            Step::WholeSandbox,
+        ]) {
             self.say(&Word::Untried(step, needs));
         }
     }

@@ -166,9 +166,10 @@ steps! {
     Memfd, "memfd", Processes, Builds, "memfd_create", "no build can run";
     Spawner, "spawner", Processes, Builds, "the spawner, from a read-only mount of this program", "no build can run";
 
-    Cgroup, "cgroup", Limits, Layer, "a cgroup (v2) to make others in", "no limits of memory and processes";
+    Cgroup, "cgroup", Limits, Layer, "a part of the cgroup tree (v2) to divide",
+        "memory and processes are limited by resource limits alone, processors not";
     CgroupControllers, "cgroup-controllers", Limits, Layer, "cgroup controllers: cpu, memory, pids",
-        "no limits of memory and processes";
+        "memory and processes are limited by resource limits alone, processors not";
     CgroupKill, "cgroup-kill", Limits, Layer, "cgroup.kill", "builds are ended by their pid namespace alone";
 
     StateDirectory, "state-directory", State, Builds, "state directory", "no build can run";

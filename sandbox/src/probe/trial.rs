@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use nix::fcntl::{OFlag, open};
 use nix::mount::{MsFlags, mount};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::prctl;
 use nix::sys::signal::{Signal, kill, killpg};
@@ -87,7 +88,7 @@ pub fn in_sandbox<S, T: Serialize + DeserializeOwned>(
         let (go, gone) = unistd::pipe2(OFlag::O_CLOEXEC).act("make a pipe")?;
         let opened = open()?;
         // SAFETY: this process is a copy of one with one thread.
-        let cloned = unsafe { sys::clone_process(server::namespaces(Network::Own).bits()) };
+        let cloned = unsafe { sys::clone_process(server::namespaces(Network::Own).bits(), None) };
         match cloned.act(CLONE)? {
             sys::Cloned::Child => {
                 drop((answer, gone));
@@ -110,6 +111,7 @@ fn first_process<T>(
     act: impl FnOnce() -> Result<T, Trouble>,
 ) -> Result<T, Trouble> {
     File::from(go).read_exact(&mut [0]).act("wait for the id maps")?;
+    unshare(CloneFlags::CLONE_NEWCGROUP).act("make a cgroup namespace")?;
     privileges::become_root(ids)?;
     let none: Option<&str> = None;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).act(PROPAGATION)?;

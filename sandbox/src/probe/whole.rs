@@ -15,7 +15,7 @@ use super::Setup;
 use super::outcome::{Act, Found, Tried, Trouble};
 use crate::ids::{IdMap, Identity};
 use crate::landlock;
-use crate::plan::{Command, Layer, Mount, MountPoint, Network, Plan};
+use crate::plan::{Command, Layer, Limits, Mount, MountPoint, Network, Plan, TmpfsSize};
 use crate::report::{ExitStatus, Report};
 use crate::seccomp::Profile;
 use crate::spawner::{Leftovers, SpawnError, Spawner, Stdio};
@@ -78,7 +78,7 @@ fn everything(base: PathBuf, identity: &Identity) -> Plan {
         mount("program", Mount::HostPath { source: base.join("program") }),
         mount("proc", Mount::Proc),
         mount("dev/pts", Mount::Devpts),
-        mount("dev/shm", Mount::Tmpfs { mode: 0o1777, size: "50%".into() }),
+        mount("dev/shm", Mount::Tmpfs { mode: 0o1777, size: TmpfsSize { bytes: 1 << 20, inodes: 100 } }),
     ];
     mounts.extend(["full", "null", "random", "tty", "urandom", "zero"].map(device));
     plan(base, identity.map(0), mounts)
@@ -94,6 +94,8 @@ pub fn plan(base: PathBuf, ids: IdMap, mounts: Vec<MountPoint>) -> Plan {
         network: Network::Own,
         seccomp: Some(Profile::default()),
         landlock: landlock::offered(),
+        cgroup: None,
+        limits: Limits::default(),
         command: Command {
             program: b"/program".into(),
             arguments: vec![b"cofferdam".into(), b"--version".into()],

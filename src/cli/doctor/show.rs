@@ -146,7 +146,7 @@ fn offer(report: &Report) -> Vec<(&'static str, String)> {
         ("network", either(Step::Pasta, "none, or one apart from the host's", "none, or the host's")),
         (
             "limits",
-            either(Step::CgroupControllers, "memory, processors, processes", "none of memory and processes"),
+            either(Step::CgroupControllers, "by cgroups", "by resource limits of single processes alone"),
         ),
         ("disk", detail(Step::StateSpace)),
     ]
