@@ -242,7 +242,10 @@ impl StateDir {
     }
 
     /// Refuses a directory that others can change, or that holds something else: parts of it will be emptied.
-    fn check(path: &Path) -> Result<(), WorkerStartError> {
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn check(path: &Path) -> Result<(), WorkerStartError> {
         let fail = |act| move |source| WorkerStartError::State { act, path: path.into(), source };
         let found = path.metadata().map_err(fail("look at"))?;
         let mode = found.permissions().mode();
