@@ -4,7 +4,8 @@ use std::fmt;
 use std::path::Path;
 
 use clap::ValueEnum;
-use nix::unistd::{Gid, Uid, User};
+use cofferdam_sandbox::users::User;
+use nix::unistd::{Gid, Uid};
 use serde::{Deserialize, Serialize};
 
 /// Who runs the worker.
@@ -106,11 +107,11 @@ fn range_user() -> Result<Become, String> {
     let ranges = std::fs::read_to_string("/etc/subuid").unwrap_or_default();
     let users = ranges.lines().filter_map(|line| {
         let owner = line.split(':').next()?;
-        let by_id = owner.parse().ok().and_then(|uid| User::from_uid(Uid::from_raw(uid)).ok().flatten());
-        by_id.or_else(|| User::from_name(owner).ok().flatten())
+        let by_id = owner.parse().ok().and_then(User::with_id);
+        by_id.or_else(|| User::named(owner))
     });
-    let found = users.filter(|user| !user.uid.is_root()).find(|user| has_range(user.uid));
-    found.map(|user| Become { uid: user.uid, gid: user.gid }).ok_or_else(|| {
+    let found = users.filter(|user| user.uid != 0).find(|user| has_range(Uid::from_raw(user.uid)));
+    found.map(|user| Become { uid: Uid::from_raw(user.uid), gid: Gid::from_raw(user.gid) }).ok_or_else(|| {
         "no user but root has a range in both /etc/subuid and /etc/subgid, or newuidmap is not installed (Debian: \
          uidmap, Fedora: shadow-utils)"
             .into()
@@ -128,7 +129,7 @@ fn single_user() -> Result<Become, String> {
 }
 
 fn has_range(uid: Uid) -> bool {
-    let name = User::from_uid(uid).ok().flatten().map(|user| user.name);
+    let name = User::with_id(uid.as_raw()).map(|user| user.name);
     let owns = |file: &str| {
         let lines = std::fs::read_to_string(file).unwrap_or_default();
         lines
