@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cofferdam_sandbox::attack::Call;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{Gid, setgroups, setresgid, setresuid};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
@@ -117,6 +118,9 @@ fn set_up(assignment: Assignment) -> Result<(tokio::runtime::Runtime, Theatre), 
     // A session keyring of this worker's own, as a login gives one, so that there is one for builds to look for. Without
     // it each thread that puts a key in would make one.
     let _ = Call::KEYCTL_JOIN_NEW_SESSION.make(&mut []);
+    // So that it is the sandbox that forbids core files, and not whoever started this.
+    let _ =
+        getrlimit(Resource::RLIMIT_CORE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_CORE, hard, hard));
     let ground = Groundwork::lay(settings(&dir, mode)).map_err(|error| words(&error))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
