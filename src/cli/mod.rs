@@ -3,6 +3,7 @@
 pub mod build;
 pub mod daemon;
 mod isolation;
+mod limits;
 pub mod probe;
 mod render;
 pub mod run;

@@ -40,6 +40,9 @@ const PROBES_AT_ONCE: usize = 6;
 /// over a day.
 const THREAD_KEEP_ALIVE: Duration = Duration::from_millis(200);
 
+/// How many processes and threads a build may have: fewer than a fork bomb of the probes would start.
+const PROCESSES: u64 = 1024;
+
 /// What the host's side asks for.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -146,6 +149,7 @@ fn settings(dir: &Path, mode: Mode) -> Settings {
     settings.max_builds = NonZeroUsize::MIN.saturating_add(2 * PROBES_AT_ONCE);
     settings.allowed_host_paths = vec![dir.join(SHOWN)];
     settings.network = NetworkPolicy::Host;
+    settings.limits.processes = Some(PROCESSES);
     // A mode that is not what it is called must not be run under its name.
     settings.isolation.ids = match mode {
         Mode::Root | Mode::Range => Demand::Required,

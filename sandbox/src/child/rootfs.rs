@@ -3,7 +3,7 @@
 //! What it is made of comes as descriptors, see `sources`. Places in the new root are walked to by descriptor and
 //! never through a symbolic link, so that nothing in the inputs can send a mount elsewhere.
 
-use std::ffi::{CStr, CString, OsStr};
+use std::ffi::{CString, OsStr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path};
 
@@ -14,7 +14,7 @@ use nix::sys::stat::{Mode, SFlag, fchmod, fstat, mkdirat};
 use nix::unistd::{self, fchdir, pivot_root, symlinkat};
 
 use super::masks;
-use crate::plan::{Access, Entry, Mount, MountPoint, Plan};
+use crate::plan::{Access, Entry, Mount, MountPoint, Plan, TmpfsSize};
 use crate::report::{SetupFailure, Step};
 use crate::sabotage::{Layer, kept};
 use crate::sources::{READ_ONLY, Source, Sources, plain};
@@ -33,17 +33,13 @@ pub fn assemble(plan: &Plan, sources: Sources) -> Result<(), SetupFailure> {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let anchor = nix::fcntl::open(ANCHOR, flags, Mode::empty())
         .map_err(failure(Step::RootTmpfs, Path::new(ANCHOR)))?;
-    let attach =
-        |tree: &OwnedFd, at| sys::move_mount(tree.as_fd(), anchor.as_fd()).map_err(failure(Step::Mount, at));
+    attach_layers(&anchor, plan, &sources.mounts)?;
     let root = make_root(plan, &anchor, sources.root_lower, &sources.mounts)?;
     let mut sealed = Vec::new();
     for (MountPoint { at, mount }, source) in plan.mounts.iter().zip(sources.mounts) {
         let tree = match source {
             Source::Tree(tree) => tree,
-            Source::Overlay { lower, holder, upper, work } => {
-                // Overlay takes its layers from this mount namespace only.
-                attach(&lower, at)?;
-                attach(&holder, at)?;
+            Source::Overlay { lower, upper, work, .. } => {
                 overlay(&lower, &upper, &work).map_err(failure(Step::Mount, at))?
             }
             Source::Fresh => fresh(mount).map_err(failure(Step::Mount, at))?,
@@ -72,6 +68,21 @@ pub fn assemble(plan: &Plan, sources: Sources) -> Result<(), SetupFailure> {
     pivot(root.as_fd()).map_err(failure(Step::Pivot, Path::new("")))
 }
 
+/// Attaches the layers of all overlays on the anchor: overlay takes them from this mount namespace only.
+///
+/// Before the root, for what is attached there later comes to lie on the root, and `/..` leads to it: into scratch
+/// space from behind.
+fn attach_layers(anchor: &OwnedFd, plan: &Plan, sources: &[Source]) -> Result<(), SetupFailure> {
+    for (MountPoint { at, .. }, source) in plan.mounts.iter().zip(sources) {
+        if let Source::Overlay { lower, holder, .. } = source {
+            for layer in [lower, holder] {
+                sys::move_mount(layer.as_fd(), anchor.as_fd()).map_err(failure(Step::Mount, at))?;
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Attaches the root directory, with its entries and places for all mounts, on the anchor.
 ///
 /// All that the sandbox adds is made in the tmpfs before the lower directory shows through: what lies there,
@@ -83,7 +94,7 @@ fn make_root(
     sources: &[Source],
 ) -> Result<OwnedFd, SetupFailure> {
     let fail = failure(Step::RootTmpfs, Path::new(""));
-    let tmpfs = tmpfs(c"0755", None).map_err(&fail)?;
+    let tmpfs = tmpfs(0o755, size_of_root(plan)).map_err(&fail)?;
     if let Some(lower) = &lower {
         sys::move_mount(lower.as_fd(), anchor.as_fd()).map_err(&fail)?;
     }
@@ -221,13 +232,35 @@ pub fn open_place(dir: BorrowedFd<'_>, name: &OsStr) -> Result<OwnedFd, Errno> {
 }
 
 /// A fresh tmpfs, detached.
-pub fn tmpfs(mode: &CStr, size: Option<&CStr>) -> Result<OwnedFd, Errno> {
+pub fn tmpfs(mode: u32, size: TmpfsSize) -> Result<OwnedFd, Errno> {
     let context = FsContext::open(c"tmpfs")?;
-    context.string(c"mode", mode)?;
-    if let Some(size) = size {
-        context.string(c"size", size)?;
+    let options = [
+        (c"mode", format!("{mode:04o}")),
+        (c"size", size.bytes.to_string()),
+        (c"nr_inodes", size.inodes.to_string()),
+    ];
+    for (key, value) in options {
+        context.string(key, &CString::new(value).map_err(|_| Errno::EINVAL)?)?;
     }
     context.mount(plain())
+}
+
+/// What the root takes, and not much more: nothing else is ever to be written there.
+fn size_of_root(plan: &Plan) -> TmpfsSize {
+    /// What a file of one byte takes on machines with large pages.
+    const PAGE: usize = 65536;
+    /// For the directories of an overlay, and the root itself.
+    const MORE: usize = 64;
+    let entries = plan.root.entries.iter().map(|entry| match entry {
+        Entry::Directory { path, .. } => (path, 0),
+        Entry::File { path, contents, .. } => (path, contents.len()),
+        Entry::Symlink { path, target } => (path, target.as_os_str().len()),
+    });
+    let all = entries.chain(plan.mounts.iter().map(|mount| (&mount.at, 0)));
+    let (bytes, inodes) = all.fold((MORE * PAGE, MORE), |(bytes, inodes), (path, size)| {
+        (bytes + size.next_multiple_of(PAGE), inodes + path.components().count())
+    });
+    TmpfsSize { bytes: bytes as u64, inodes: inodes as u64 }
 }
 
 fn overlay(lower: &OwnedFd, upper: &OwnedFd, work: &OwnedFd) -> Result<OwnedFd, Errno> {
@@ -254,11 +287,7 @@ fn fresh(mount: &Mount) -> Result<OwnedFd, Errno> {
             context.string(c"ptmxmode", c"0666")?;
             context.mount(libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC)
         }
-        Mount::Tmpfs { mode, size } => {
-            let mode = CString::new(format!("{mode:04o}")).map_err(|_| Errno::EINVAL)?;
-            let size = CString::new(size.as_str()).map_err(|_| Errno::EINVAL)?;
-            tmpfs(&mode, Some(&size))
-        }
+        Mount::Tmpfs { mode, size } => tmpfs(*mode, *size),
         _ => Err(Errno::EINVAL),
     }
 }

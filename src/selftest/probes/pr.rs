@@ -394,9 +394,10 @@ fn own_children(act: &Act, findings: &mut Findings) {
     match act.role.as_str() {
         "child" => return hold(),
         "filtered" => {
-            let _ = Call::SECCOMP_STRICT.make(&mut []);
-            // The next call but read, write and exit ends it.
-            let _ = getsid(None);
+            if findings.works("install a filter", Call::UNKNOWN.forbid()).is_some() {
+                // Which ends this process.
+                let _ = Call::UNKNOWN.make(&mut [Arg::Int(0), Arg::Int(0), Arg::Int(0)]);
+            }
             return;
         }
         _ => {}
