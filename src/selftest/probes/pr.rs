@@ -409,9 +409,12 @@ fn own_children(act: &Act, findings: &mut Findings) {
         let _ = child.kill();
         let _ = child.wait();
     }
-    if let Some(status) = findings.works("start a child that filters itself", act.again("filtered").status())
-    {
-        findings.same("signal that ended it", status.signal(), Some(Signal::SIGKILL as i32));
+    if let Some(ended) = findings.works("start a child that filters itself", act.again("filtered").output()) {
+        let (signal, said) = (ended.status.signal(), String::from_utf8_lossy(&ended.stdout));
+        findings.check(
+            signal == Some(Signal::SIGSYS as i32),
+            format_args!("what it forbade itself did not end it: {signal:?}, {said}"),
+        );
     }
     if act.profile == Profile::Parity {
         findings.works("make a user namespace", unshare(CloneFlags::CLONE_NEWUSER));
