@@ -24,6 +24,7 @@ pub mod ids;
 pub mod landlock;
 pub mod measure;
 pub mod plan;
+pub mod probe;
 mod report;
 mod sabotage;
 pub mod scratch;
