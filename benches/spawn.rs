@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use cofferdam_sandbox::ids::{self, OwnIds};
 use cofferdam_sandbox::{
     Access, Command, Entry, ExitStatus, Identity, Layer, Leftovers, Limits, Mount, MountPoint, Network, Plan,
-    Report, Spawner, Stdio, TmpfsSize, landlock, seccomp::Profile,
+    Report, Spawner, Stdio, Stock, TmpfsSize, landlock, seccomp::Profile,
 };
 
 mod common;
@@ -35,7 +35,7 @@ fn main() {
     std::fs::copy(BUSYBOX, root.join("bin/busybox")).unwrap();
     let lock = File::create(dir.path().join("lock")).unwrap();
     let entered = ids::enter(OwnIds::Wanted).unwrap();
-    let spawner = Spawner::start(&Leftovers::default(), lock.as_fd()).unwrap();
+    let spawner = Spawner::start(&Leftovers::default(), lock.as_fd(), Stock::UpTo(2)).unwrap();
     let sandbox = Sandbox::new(spawner, &entered.identity, dir.path(), &root);
 
     let furnished = ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"];

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use cofferdam_sandbox::cgroup::{self, Cgroups, Privilege};
 use cofferdam_sandbox::ids::{EnterError, Entered, IdClaim};
 use cofferdam_sandbox::seccomp::Profile;
-use cofferdam_sandbox::{Identity, Leftovers, SpawnError, Spawner, landlock, seccomp};
+use cofferdam_sandbox::{Identity, Leftovers, SpawnError, Spawner, Stock, landlock, seccomp};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::build::{Builder, Sandboxes, ScratchError};
@@ -30,6 +30,9 @@ const LOCK: &str = "cofferdam.lock";
 
 /// How long to wait for a worker that has ended, but whose sandboxes are still being removed.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+
+/// The most sandboxes that are made in advance. Each is a waiting process in namespaces of its own.
+const STOCK_MAX: usize = 64;
 
 /// How many requests to the view are answered at a time, for each processor.
 const VIEW_THREADS_PER_CPU: usize = 2;
@@ -167,7 +170,12 @@ impl Groundwork {
             trees,
             cgroups: cgroups.cgroups.as_ref().map(Cgroups::remains),
         };
-        let spawner = Spawner::start(&leftovers, state.lock.as_fd())?;
+        let stock = match settings.lifetime {
+            Lifetime::Lasting => Stock::UpTo(settings.max_builds.get().min(STOCK_MAX)),
+            // There will be one build.
+            Lifetime::Ephemeral => Stock::None,
+        };
+        let spawner = Spawner::start(&leftovers, state.lock.as_fd(), stock)?;
         Ok(Self { settings, identity, spawner, cgroups, state, claim })
     }
 

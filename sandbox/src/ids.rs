@@ -77,7 +77,7 @@ pub struct Owner {
 }
 
 /// The user namespace of one build.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IdMap {
     /// For `/proc/PID/uid_map`.
     pub(crate) uid_map: String,

@@ -20,9 +20,11 @@
 pub mod attack;
 pub mod cgroup;
 mod child;
+mod frame;
 pub mod ids;
 pub mod landlock;
 pub mod measure;
+mod message;
 pub mod plan;
 pub mod probe;
 mod report;
@@ -39,4 +41,4 @@ pub use plan::{
     Access, Command, Entry, Landlock, Layer, Limits, Mount, MountPoint, Network, Plan, TmpfsSize,
 };
 pub use report::{ExitStatus, Report, SetupFailure, Step};
-pub use spawner::{Leftovers, Sandbox, SpawnError, Spawner, Stdio, serve_if_spawner};
+pub use spawner::{Leftovers, Sandbox, SpawnError, Spawner, Stdio, Stock, serve_if_spawner};

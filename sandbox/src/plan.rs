@@ -74,7 +74,7 @@ pub enum Entry {
 }
 
 /// A mount and its place.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MountPoint {
     /// Where in the sandbox. What isn't there is made: a directory, or a file where the source is none.
     pub at: PathBuf,
@@ -83,7 +83,7 @@ pub struct MountPoint {
 }
 
 /// What can be mounted.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Mount {
     /// A directory that the command may write to.
     Writable {

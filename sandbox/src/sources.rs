@@ -5,19 +5,17 @@
 //! then on nothing of the host is named by a path.
 
 use std::ffi::CString;
-use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
-    socketpair,
-};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::sys::stat::{SFlag, fstat};
 
+use crate::frame;
+use crate::message;
 use crate::plan::{Mount, MountPoint, Plan};
 use crate::report::{SetupFailure, Step};
 use crate::sabotage::{Layer, kept};
@@ -33,14 +31,11 @@ pub fn plain() -> u64 {
     if kept(Layer::MountFlags) { libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV } else { 0 }
 }
 
-/// How many descriptors go into one message; the kernel takes no more than 253.
-const FDS_PER_MESSAGE: usize = 128;
-
-/// What a plan's root and mounts are made of, in the order of the plan.
+/// What a plan's root and mounts are made of, but for what is part of the frame, in the order of the plan.
 pub struct Sources {
     /// What shows through the root.
     pub root_lower: Option<OwnedFd>,
-    /// One for each mount.
+    /// One for each mount that is not part of the frame.
     pub mounts: Vec<Source>,
 }
 
@@ -70,7 +65,7 @@ pub fn open(plan: &Plan) -> Result<OwnedFd, SetupFailure> {
     if let Some(lower) = &plan.root.lower {
         fds.push(tree(plan, lower, READ_ONLY)?);
     }
-    for point in &plan.mounts {
+    for point in plan.mounts.iter().filter(|point| !frame::is_furniture(plan, point)) {
         match &point.mount {
             Mount::Writable { source } => fds.push(tree(plan, source, plain())?),
             Mount::Inputs { source } => fds.push(tree(plan, source, READ_ONLY)?),
@@ -96,7 +91,7 @@ fn tree(plan: &Plan, source: &Path, attributes: u64) -> Result<OwnedFd, SetupFai
 }
 
 /// A detached copy of what is at a path of the host, with all that is mounted below it unless it is a device.
-fn host_path(source: &Path) -> Result<OwnedFd, SetupFailure> {
+pub fn host_path(source: &Path) -> Result<OwnedFd, SetupFailure> {
     let fail = |errno| SetupFailure::new(Step::OpenSource, errno, source.display().to_string());
     // The path was looked up when it was allowed. What has become a symbolic link since leads elsewhere.
     let how = OpenHow::new()
@@ -134,12 +129,10 @@ fn writable_layers(plan: &Plan, upper: &Path, work: &Path) -> Result<[OwnedFd; 3
 
 fn send(fds: &[OwnedFd]) -> Result<OwnedFd, Errno> {
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
-    for chunk in fds.chunks(FDS_PER_MESSAGE) {
-        let raw: Vec<RawFd> = chunk.iter().map(AsRawFd::as_raw_fd).collect();
-        let rights = [ControlMessage::ScmRights(&raw)];
+    for chunk in fds.chunks(message::MAX_FDS) {
+        let chunk: Vec<BorrowedFd<'_>> = chunk.iter().map(AsFd::as_fd).collect();
         // Nobody reads yet: rather an error than a wait.
-        let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
-        sendmsg::<()>(ours.as_raw_fd(), &[IoSlice::new(&[0])], &rights, flags, None)?;
+        message::send_fds(ours.as_fd(), 0, &chunk)?;
     }
     Ok(theirs)
 }
@@ -149,7 +142,8 @@ pub fn receive(plan: &Plan, socket: BorrowedFd<'_>) -> Result<Sources, SetupFail
     let mut queue = Queue { socket, received: Vec::new().into_iter() };
     let fail = |errno| SetupFailure::new(Step::PassSources, errno, "");
     let root_lower = plan.root.lower.as_ref().map(|_| queue.next()).transpose().map_err(fail)?;
-    let mounts = plan.mounts.iter().map(|point| queue.source(point)).collect::<Result<_, _>>();
+    let mounts = plan.mounts.iter().filter(|point| !frame::is_furniture(plan, point));
+    let mounts = mounts.map(|point| queue.source(point)).collect::<Result<_, _>>();
     Ok(Sources { root_lower, mounts: mounts.map_err(fail)? })
 }
 
@@ -178,19 +172,7 @@ impl Queue<'_> {
         if let Some(fd) = self.received.next() {
             return Ok(fd);
         }
-        let mut byte = [0];
-        let mut space = nix::cmsg_space!([RawFd; FDS_PER_MESSAGE]);
-        let mut slices = [IoSliceMut::new(&mut byte)];
-        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-        let message = recvmsg::<()>(self.socket.as_raw_fd(), &mut slices, Some(&mut space), flags)?;
-        let mut fds = Vec::new();
-        for part in message.cmsgs()? {
-            if let ControlMessageOwned::ScmRights(raw) = part {
-                // SAFETY: the kernel has just made these descriptors for this process alone.
-                fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-            }
-        }
-        self.received = fds.into_iter();
+        self.received = message::receive_fds(self.socket)?.fds.into_iter();
         // Too few came: the limit of descriptors was reached, or the sender is gone.
         self.received.next().ok_or(Errno::EMFILE)
     }

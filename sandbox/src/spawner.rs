@@ -9,11 +9,11 @@
 //! sandbox, removes what they left on disk, and ends.
 
 pub(crate) mod server;
+pub(crate) mod stock;
 
 use std::ffi::CString;
-use std::fs::File;
-use std::io::{self, IoSlice, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -21,15 +21,12 @@ use std::path::PathBuf;
 use std::process::{Child, Command};
 
 use nix::errno::Errno;
-use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, MsgFlags, Shutdown, SockFlag, SockType, sendmsg, shutdown, socketpair,
-};
+use nix::sys::socket::{AddressFamily, Shutdown, SockFlag, SockType, shutdown, socketpair};
 use nix::sys::stat::{fstat, stat};
 use serde::{Deserialize, Serialize};
 
 use crate::plan::Plan;
-use crate::{sources, sys};
+use crate::{message, sources, sys};
 
 /// What the spawner is called in lists of processes, and how it is told from the program proper.
 const TITLE: &str = "cofferdam: spawner";
@@ -74,6 +71,15 @@ pub struct Leftovers {
     pub cgroups: Option<crate::cgroup::Remains>,
 }
 
+/// Whether sandboxes are made in advance, each while another one is in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Stock {
+    /// They are, up to this many.
+    UpTo(usize),
+    /// They are not: there will be but one.
+    None,
+}
+
 /// Where a build's output goes.
 #[derive(Debug)]
 pub struct Stdio {
@@ -115,7 +121,7 @@ pub enum SpawnError {
 }
 
 impl SpawnError {
-    fn io(act: &'static str) -> impl Fn(Errno) -> Self {
+    pub(crate) fn io(act: &'static str) -> impl Fn(Errno) -> Self {
         move |errno| Self::Io { act, source: errno.into() }
     }
 }
@@ -133,7 +139,7 @@ impl Spawner {
     ///
     /// # Errors
     /// Where the system refuses a socket, a mount or a process.
-    pub fn start(leftovers: &Leftovers, lock: BorrowedFd<'_>) -> Result<Self, SpawnError> {
+    pub fn start(leftovers: &Leftovers, lock: BorrowedFd<'_>, stock: Stock) -> Result<Self, SpawnError> {
         let (ours, theirs) = seqpacket().map_err(SpawnError::io("make a socket"))?;
         let program = own_program()?;
         let mut command = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()));
@@ -143,24 +149,14 @@ impl Spawner {
         command.env(crate::sabotage::VARIABLE, crate::sabotage::left_out());
         let process = command.spawn().map_err(SpawnError::Start)?;
         let spawner = Self { process, socket: Some(ours) };
-        let message = write_message(leftovers)?;
+        let message = message::write(&(leftovers, stock))?;
         spawner.send(Subject::Estate, &[message.as_fd(), lock])?;
         Ok(spawner)
     }
 
     fn send(&self, subject: Subject, fds: &[BorrowedFd<'_>]) -> Result<(), SpawnError> {
         let socket = self.socket.as_ref().ok_or(SpawnError::Gone)?;
-        let fds: Vec<RawFd> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
-        let rights = [ControlMessage::ScmRights(&fds)];
-        sendmsg::<()>(
-            socket.as_raw_fd(),
-            &[IoSlice::new(&[subject as u8])],
-            &rights,
-            MsgFlags::MSG_NOSIGNAL,
-            None,
-        )
-        .map(drop)
-        .map_err(|errno| match errno {
+        message::send_fds(socket.as_fd(), subject as u8, fds).map_err(|errno| match errno {
             Errno::EPIPE | Errno::ECONNRESET | Errno::ENOTCONN => SpawnError::Gone,
             errno => SpawnError::io("reach the spawner")(errno),
         })
@@ -172,7 +168,7 @@ impl Spawner {
     /// # Errors
     /// Where a source can't be opened, or the spawner can't be reached.
     pub fn spawn(&self, plan: &Plan, stdio: Stdio) -> Result<Sandbox, SpawnError> {
-        let message = write_message(plan)?;
+        let message = message::write(plan)?;
         let sources = sources::open(plan)?;
         let (control, theirs) =
             UnixStream::pair().map_err(|source| SpawnError::Io { act: "make a socket", source })?;
@@ -221,17 +217,6 @@ fn own_program() -> Result<OwnedFd, SpawnError> {
     sys::set_mount_attributes(tree.as_fd(), attributes)
         .map_err(SpawnError::io("make this program's file read-only"))?;
     Ok(tree)
-}
-
-/// Puts a value where a descriptor can carry it, whatever its size.
-fn write_message(value: &impl Serialize) -> Result<File, SpawnError> {
-    let bytes = postcard::to_stdvec(value)
-        .map_err(|error| SpawnError::Io { act: "encode a message", source: io::Error::other(error) })?;
-    let memfd =
-        memfd_create(c"cofferdam-message", MFdFlags::MFD_CLOEXEC).map_err(SpawnError::io("make a memfd"))?;
-    let mut file = File::from(memfd);
-    file.write_all(&bytes).map_err(|source| SpawnError::Io { act: "write a message", source })?;
-    Ok(file)
 }
 
 /// Becomes the spawner, where this process was started as one, and never comes back. To be called first in `main`.

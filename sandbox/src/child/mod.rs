@@ -22,53 +22,70 @@ use nix::sys::signal::Signal;
 use nix::sys::stat::{Mode, umask};
 use nix::unistd;
 
+use crate::frame::Frame;
+use crate::message;
 use crate::plan::Plan;
+
 use crate::report::{Report, SetupFailure, Step};
 use crate::sabotage::{Layer, kept};
+use crate::sources::Sources;
 use crate::{sources, sys};
+
+use rootfs::Root;
 
 /// Where [`Layer::Descriptors`] left out shows.
 const LEAKED: RawFd = 9;
 
 /// What the first process of a sandbox is given by the spawner.
 pub struct Streams {
-    /// Becomes the build's standard output.
-    pub stdout: OwnedFd,
-    /// Becomes the build's standard error.
-    pub stderr: OwnedFd,
     /// Takes reports.
     pub report: OwnedFd,
-    /// Yields what the sandbox is made of.
-    pub sources: OwnedFd,
+    /// Yields the [`Order`], once there is one.
+    pub orders: OwnedFd,
     /// Yields one byte when the id map is written, and ends with the spawner.
     pub go: OwnedFd,
 }
 
+/// What a sandbox is to be, as it comes from the program: the descriptors of a message to the spawner.
+pub struct Order {
+    /// The plan, in a memfd.
+    pub plan: OwnedFd,
+    /// Yields what the sandbox is made of.
+    pub sources: OwnedFd,
+    /// Becomes the build's standard output.
+    pub stdout: OwnedFd,
+    /// Becomes the build's standard error.
+    pub stderr: OwnedFd,
+}
+
 /// Runs as pid 1 of the new namespaces and never comes back.
-pub fn run(plan: &Plan, streams: Streams) -> ! {
+pub fn run(frame: &Frame, streams: Streams) -> ! {
     // A panic must end here: further up the stack lies what belongs to the spawner.
-    let code = std::panic::catch_unwind(AssertUnwindSafe(|| first_process(plan, streams))).unwrap_or(1);
+    let code = std::panic::catch_unwind(AssertUnwindSafe(|| first_process(frame, streams))).unwrap_or(1);
     // SAFETY: ends the process at once. Nothing of this copy of the spawner may run any further: neither its
     // destructors nor what it registered to run at exit.
     unsafe { libc::_exit(code) }
 }
 
-fn first_process(plan: &Plan, streams: Streams) -> i32 {
-    match streams.arrange() {
-        Ok(Arranged { report, go, sources }) => {
-            match set_up(plan, go, sources).and_then(|()| init::run(plan, &report)) {
-                Ok(()) => 0,
-                Err(failure) => {
-                    send(&report, &Report::NotSetUp(failure));
-                    1
-                }
-            }
+fn first_process(frame: &Frame, streams: Streams) -> i32 {
+    let Ok(Arranged { report, mut go, orders }) = streams.arrange() else { return 1 };
+    let mut build = || {
+        let root = set_frame_up(frame, &mut go)?;
+        let (plan, sources) = receive_order(&orders)?;
+        set_up(&plan, root, sources, &mut go)?;
+        init::run(&plan, &report)
+    };
+    match build() {
+        Ok(()) => 0,
+        Err(failure) => {
+            send(&report, &Report::NotSetUp(failure));
+            1
         }
-        Err(_) => 1,
     }
 }
 
-fn set_up(plan: &Plan, mut go: File, sources: File) -> Result<(), SetupFailure> {
+/// All that does not depend on the plan.
+fn set_frame_up(frame: &Frame, go: &mut File) -> Result<Root, SetupFailure> {
     // Until the map is written this process has no ids to make anything with.
     let mut byte = [0];
     go.read_exact(&mut byte).map_err(|_| SetupFailure::new(Step::MapIds, Errno::EPIPE, ""))?;
@@ -81,16 +98,39 @@ fn set_up(plan: &Plan, mut go: File, sources: File) -> Result<(), SetupFailure> 
     }
     privileges::volunteer_for_oom();
     privileges::leave_keyring()?;
-    let sources = sources::receive(plan, sources.as_fd())?;
-    privileges::become_root(&plan.ids)?;
+    privileges::become_root(&frame.ids)?;
     if kept(Layer::Seccomp) {
-        confine::forbid_user_namespaces(plan.seccomp)?;
+        confine::forbid_user_namespaces(frame.seccomp)?;
     }
-    rootfs::assemble(plan, sources)?;
-    net::set_up(plan.network)?;
+    let root = rootfs::begin(frame)?;
+    net::begin(frame.network)?;
     if kept(Layer::Uts) {
         set_names()?;
     }
+    // As long as nobody wants this sandbox it must go with the spawner, too. Ids change once more.
+    prctl::set_pdeathsig(Signal::SIGKILL).map_err(|errno| SetupFailure::new(Step::Tie, errno, ""))?;
+    Ok(root)
+}
+
+/// Waits until there is something to be done.
+fn receive_order(orders: &File) -> Result<(Plan, Sources), SetupFailure> {
+    let fail = |errno| SetupFailure::new(Step::ReadPlan, errno, "");
+    let received = message::receive_fds(orders.as_fd()).map_err(fail)?;
+    let Ok([plan, sources, stdout, stderr]) = <[OwnedFd; 4]>::try_from(received.fds) else {
+        // The spawner has ended, or descriptors have run out.
+        return Err(fail(Errno::EPIPE));
+    };
+    let plan: Plan = message::read(plan).map_err(fail)?;
+    for (target, fd) in (1..).zip([stdout, stderr]) {
+        sys::place_fd(fd.into_raw_fd(), target)
+            .map_err(|errno| SetupFailure::new(Step::Streams, errno, ""))?;
+    }
+    let sources = sources::receive(&plan, sources.as_fd())?;
+    Ok((plan, sources))
+}
+
+fn set_up(plan: &Plan, root: Root, sources: Sources, go: &mut File) -> Result<(), SetupFailure> {
+    rootfs::assemble(plan, root, sources)?;
     if kept(Layer::Limits) {
         privileges::limit(&plan.limits, &plan.ids)?;
     }
@@ -130,17 +170,18 @@ fn tie_to_spawner(go: BorrowedFd<'_>) -> Result<(), SetupFailure> {
 struct Arranged {
     report: File,
     go: File,
-    sources: File,
+    orders: File,
 }
 
 impl Streams {
     /// Puts the streams where the build looks for them, and closes everything else: nothing of the spawner or of
     /// other sandboxes stays open here.
     fn arrange(self) -> Result<Arranged, Errno> {
-        let stdin = nix::fcntl::open("/dev/null", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?;
+        let null = || nix::fcntl::open("/dev/null", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty());
         // Out of the way first, so that none is overwritten before it is placed.
         let lift = |fd: OwnedFd| fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(10));
-        let streams = [stdin, self.stdout, self.stderr, self.report, self.go, self.sources];
+        // Until there is an order, output goes nowhere.
+        let streams = [null()?, null()?, null()?, self.report, self.go, self.orders];
         let lifted = streams.map(lift);
         for (target, fd) in (0..).zip(lifted) {
             sys::place_fd(fd?, target)?;
@@ -151,7 +192,7 @@ impl Streams {
             let leak = nix::fcntl::open("/", OFlag::O_PATH | OFlag::O_DIRECTORY, Mode::empty())?;
             sys::place_fd(leak.into_raw_fd(), LEAKED)?;
         }
-        Ok(Arranged { report: sys::adopt(3)?, go: sys::adopt(4)?, sources: sys::adopt(5)? })
+        Ok(Arranged { report: sys::adopt(3)?, go: sys::adopt(4)?, orders: sys::adopt(5)? })
     }
 }
 

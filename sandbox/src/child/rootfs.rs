@@ -14,117 +14,186 @@ use nix::sys::stat::{Mode, SFlag, fchmod, fstat, mkdirat};
 use nix::unistd::{self, fchdir, pivot_root, symlinkat};
 
 use super::masks;
+use crate::frame::{self, Frame};
+use crate::ids::IdMap;
 use crate::plan::{Access, Entry, Mount, MountPoint, Plan, TmpfsSize};
 use crate::report::{SetupFailure, Step};
 use crate::sabotage::{Layer, kept};
-use crate::sources::{READ_ONLY, Source, Sources, plain};
+use crate::sources::{self, READ_ONLY, Source, Sources, plain};
 use crate::sys::{self, FsContext};
 
 /// A directory that every host has. In the sandbox's own mount namespace, layers and the new root are attached on it
 /// until the root is changed, and then go with the old one.
 pub const ANCHOR: &str = "/dev";
 
-/// Puts the root together and moves into it.
-pub fn assemble(plan: &Plan, sources: Sources) -> Result<(), SetupFailure> {
+/// The root in the making. All of it is on a tmpfs that goes with the old root.
+pub struct Root {
+    /// Where layers are attached.
+    layers: OwnedFd,
+    /// Where the root is attached. Not with the layers: what lies on the root's own directory, `/..` leads to.
+    place: OwnedFd,
+    /// A furnished tmpfs in that place; `None` where the root shows a lower directory.
+    tmpfs: Option<OwnedFd>,
+}
+
+/// What fits into the tmpfs of which only the directories are used.
+const SCAFFOLD: TmpfsSize = TmpfsSize { bytes: 1 << 20, inodes: 64 };
+
+/// Does what can be done before the plan is known: cuts propagation, and furnishes the root.
+pub fn begin(frame: &Frame) -> Result<Root, SetupFailure> {
     let none: Option<&str> = None;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
         .map_err(failure(Step::Propagation, Path::new("")))?;
-
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let anchor = nix::fcntl::open(ANCHOR, flags, Mode::empty())
         .map_err(failure(Step::RootTmpfs, Path::new(ANCHOR)))?;
-    attach_layers(&anchor, plan, &sources.mounts)?;
-    let root = make_root(plan, &anchor, sources.root_lower, &sources.mounts)?;
+    // Before the anchor, below which the devices lie, is covered.
+    let devices = frame.root.as_ref().map(open_devices).transpose()?;
+
+    let fail = failure(Step::RootTmpfs, Path::new(""));
+    let scaffold = tmpfs(0o755, SCAFFOLD).map_err(&fail)?;
+    sys::move_mount(scaffold.as_fd(), anchor.as_fd()).map_err(&fail)?;
+    let make = |name: &str| walk(scaffold.as_fd(), Path::new(name), Kind::Directory).map_err(&fail);
+    let (layers, place) = (make("layers")?, make("root")?);
+    let tmpfs = match (&frame.root, devices) {
+        (Some(root), Some(devices)) => Some(furnish(root, devices, &place, &frame.ids)?),
+        _ => None,
+    };
+    Ok(Root { layers, place, tmpfs })
+}
+
+/// The device nodes among the furniture, each in its turn.
+fn open_devices(root: &frame::Root) -> Result<Vec<Option<OwnedFd>>, SetupFailure> {
+    let device = |point: &MountPoint| match &point.mount {
+        Mount::Device { source } => sources::host_path(source).map(Some),
+        _ => Ok(None),
+    };
+    root.furniture.iter().map(device).collect()
+}
+
+/// A root with the mounts of the frame on it, in its place.
+fn furnish(
+    root: &frame::Root,
+    devices: Vec<Option<OwnedFd>>,
+    place: &OwnedFd,
+    ids: &IdMap,
+) -> Result<OwnedFd, SetupFailure> {
+    let fail = failure(Step::RootTmpfs, Path::new(""));
+    let tmpfs = tmpfs(0o755, root.size).map_err(&fail)?;
+    sys::move_mount(tmpfs.as_fd(), place.as_fd()).map_err(&fail)?;
+    for (MountPoint { at, mount }, device) in root.furniture.iter().zip(devices) {
+        let tree = match device {
+            Some(device) => device,
+            None => fresh(mount, Some(ids)).map_err(failure(Step::Mount, at))?,
+        };
+        put(tmpfs.as_fd(), at, mount, &tree)?;
+    }
+    Ok(tmpfs)
+}
+
+/// Mounts the detached `tree` in its place, which is made if it isn't there.
+fn put(root: BorrowedFd<'_>, at: &Path, mount: &Mount, tree: &OwnedFd) -> Result<(), SetupFailure> {
+    let kind = Kind::of(tree.as_fd()).map_err(failure(Step::Mount, at))?;
+    let place = walk(root, at, kind).map_err(failure(Step::MountPoint, at))?;
+    match mount {
+        Mount::Proc => masks::mount(tree, place.as_fd()),
+        _ => sys::move_mount(tree.as_fd(), place.as_fd()),
+    }
+    .map_err(failure(Step::Mount, at))
+}
+
+/// Puts the root together and moves into it.
+pub fn assemble(plan: &Plan, begun: Root, sources: Sources) -> Result<(), SetupFailure> {
+    let Root { layers, place, tmpfs } = begun;
+    attach_layers(&layers, plan, &sources.mounts)?;
+    let root = match (tmpfs, sources.root_lower) {
+        (Some(tmpfs), _) => {
+            make_entries(tmpfs.as_fd(), plan)?;
+            tmpfs
+        }
+        (None, Some(lower)) => {
+            let fail = failure(Step::RootTmpfs, Path::new(""));
+            sys::move_mount(lower.as_fd(), layers.as_fd()).map_err(fail)?;
+            layered_root(plan, &place, lower, &sources.mounts)?
+        }
+        (None, None) => return Err(failure(Step::RootTmpfs, Path::new(""))(Errno::EINVAL)),
+    };
     let mut sealed = Vec::new();
-    for (MountPoint { at, mount }, source) in plan.mounts.iter().zip(sources.mounts) {
+    let mounts = plan.mounts.iter().filter(|point| !frame::is_furniture(plan, point));
+    for (MountPoint { at, mount }, source) in mounts.zip(sources.mounts) {
         let tree = match source {
             Source::Tree(tree) => tree,
             Source::Overlay { lower, upper, work, .. } => {
                 overlay(&lower, &upper, &work).map_err(failure(Step::Mount, at))?
             }
-            Source::Fresh => fresh(mount).map_err(failure(Step::Mount, at))?,
+            Source::Fresh => fresh(mount, Some(&plan.ids)).map_err(failure(Step::Mount, at))?,
         };
-        let kind = Kind::of(tree.as_fd()).map_err(failure(Step::Mount, at))?;
-        let place = walk(root.as_fd(), at, kind).map_err(failure(Step::MountPoint, at))?;
-        match mount {
-            Mount::Proc => masks::mount(&tree, place.as_fd()),
-            _ => sys::move_mount(tree.as_fd(), place.as_fd()),
-        }
-        .map_err(failure(Step::Mount, at))?;
+        put(root.as_fd(), at, mount, &tree)?;
         if let Mount::InputsBelow { access: Access::ReadOnly, .. } = mount {
             sealed.push((tree, at.as_path()));
         }
     }
     // Only now: mount points had to be made in them.
-    if kept(Layer::ReadOnlyRoot) {
-        sealed.push((
-            root.try_clone().map_err(|_| SetupFailure::new(Step::ReadOnly, Errno::EMFILE, "/"))?,
-            Path::new("/"),
-        ));
-    }
-    for (tree, at) in sealed {
+    for (tree, at) in &sealed {
         sys::set_mount_attributes(tree.as_fd(), READ_ONLY).map_err(failure(Step::ReadOnly, at))?;
+    }
+    if kept(Layer::ReadOnlyRoot) {
+        let at = Path::new("/");
+        sys::set_mount_attributes(root.as_fd(), READ_ONLY).map_err(failure(Step::ReadOnly, at))?;
     }
     pivot(root.as_fd()).map_err(failure(Step::Pivot, Path::new("")))
 }
 
-/// Attaches the layers of all overlays on the anchor: overlay takes them from this mount namespace only.
-///
-/// Before the root, for what is attached there later comes to lie on the root, and `/..` leads to it: into scratch
-/// space from behind.
-fn attach_layers(anchor: &OwnedFd, plan: &Plan, sources: &[Source]) -> Result<(), SetupFailure> {
-    for (MountPoint { at, .. }, source) in plan.mounts.iter().zip(sources) {
+/// Attaches the layers of all overlays: overlay takes them from this mount namespace only.
+fn attach_layers(place: &OwnedFd, plan: &Plan, sources: &[Source]) -> Result<(), SetupFailure> {
+    let mounts = plan.mounts.iter().filter(|point| !frame::is_furniture(plan, point));
+    for (MountPoint { at, .. }, source) in mounts.zip(sources) {
         if let Source::Overlay { lower, holder, .. } = source {
             for layer in [lower, holder] {
-                sys::move_mount(layer.as_fd(), anchor.as_fd()).map_err(failure(Step::Mount, at))?;
+                sys::move_mount(layer.as_fd(), place.as_fd()).map_err(failure(Step::Mount, at))?;
             }
         }
     }
     Ok(())
 }
 
-/// Attaches the root directory, with its entries and places for all mounts, on the anchor.
+/// A root that shows a lower directory, with its entries and places for all mounts, in its place.
 ///
-/// All that the sandbox adds is made in the tmpfs before the lower directory shows through: what lies there,
+/// All that the sandbox adds is made in a tmpfs before the lower directory shows through: what lies there,
 /// a symbolic link above all, is then hidden and not followed, and nothing is ever copied up.
-fn make_root(
+fn layered_root(
     plan: &Plan,
-    anchor: &OwnedFd,
-    lower: Option<OwnedFd>,
+    place: &OwnedFd,
+    lower: OwnedFd,
     sources: &[Source],
 ) -> Result<OwnedFd, SetupFailure> {
     let fail = failure(Step::RootTmpfs, Path::new(""));
-    let tmpfs = tmpfs(0o755, size_of_root(plan)).map_err(&fail)?;
-    if let Some(lower) = &lower {
-        sys::move_mount(lower.as_fd(), anchor.as_fd()).map_err(&fail)?;
-    }
-    sys::move_mount(tmpfs.as_fd(), anchor.as_fd()).map_err(&fail)?;
-    let Some(lower) = lower else {
-        fill(tmpfs.as_fd(), plan, sources)?;
-        return Ok(tmpfs);
-    };
+    let tmpfs = tmpfs(0o755, frame::size_of_root(plan)).map_err(&fail)?;
+    sys::move_mount(tmpfs.as_fd(), place.as_fd()).map_err(&fail)?;
     let make = |name: &str| walk(tmpfs.as_fd(), Path::new(name), Kind::Directory).map_err(&fail);
     let (upper, work, merged) = (make("upper")?, make("work")?, make("merged")?);
-    fill(upper.as_fd(), plan, sources)?;
+    make_entries(upper.as_fd(), plan)?;
+    make_places(upper.as_fd(), plan, sources)?;
     let root = overlay(&lower, &upper, &work).map_err(&fail)?;
     sys::move_mount(root.as_fd(), merged.as_fd()).map_err(&fail)?;
     Ok(root)
 }
 
-/// Makes the root's entries, and a place for each mount that lies in no other.
-fn fill(root: BorrowedFd<'_>, plan: &Plan, sources: &[Source]) -> Result<(), SetupFailure> {
-    for entry in &plan.root.entries {
-        make_entry(root, entry)?;
-    }
-    for (MountPoint { at, .. }, source) in plan.mounts.iter().zip(sources) {
-        if plan.mounts.iter().any(|other| other.at != *at && at.starts_with(&other.at)) {
+fn make_entries(root: BorrowedFd<'_>, plan: &Plan) -> Result<(), SetupFailure> {
+    plan.root.entries.iter().try_for_each(|entry| make_entry(root, entry))
+}
+
+/// Makes a place for each mount that lies in no other.
+fn make_places(root: BorrowedFd<'_>, plan: &Plan, sources: &[Source]) -> Result<(), SetupFailure> {
+    for (point, source) in plan.mounts.iter().zip(sources) {
+        if frame::lies_in_another(plan, point) {
             continue;
         }
         let kind = match source {
             Source::Tree(tree) => Kind::of(tree.as_fd()),
             Source::Overlay { .. } | Source::Fresh => Ok(Kind::Directory),
         };
-        kind.and_then(|kind| walk(root, at, kind)).map_err(failure(Step::MountPoint, at))?;
+        kind.and_then(|kind| walk(root, &point.at, kind)).map_err(failure(Step::MountPoint, &point.at))?;
     }
     Ok(())
 }
@@ -245,24 +314,6 @@ pub fn tmpfs(mode: u32, size: TmpfsSize) -> Result<OwnedFd, Errno> {
     context.mount(plain())
 }
 
-/// What the root takes, and not much more: nothing else is ever to be written there.
-fn size_of_root(plan: &Plan) -> TmpfsSize {
-    /// What a file of one byte takes on machines with large pages.
-    const PAGE: usize = 65536;
-    /// For the directories of an overlay, and the root itself.
-    const MORE: usize = 64;
-    let entries = plan.root.entries.iter().map(|entry| match entry {
-        Entry::Directory { path, .. } => (path, 0),
-        Entry::File { path, contents, .. } => (path, contents.len()),
-        Entry::Symlink { path, target } => (path, target.as_os_str().len()),
-    });
-    let all = entries.chain(plan.mounts.iter().map(|mount| (&mount.at, 0)));
-    let (bytes, inodes) = all.fold((MORE * PAGE, MORE), |(bytes, inodes), (path, size)| {
-        (bytes + size.next_multiple_of(PAGE), inodes + path.components().count())
-    });
-    TmpfsSize { bytes: bytes as u64, inodes: inodes as u64 }
-}
-
 /// An overlay whose upper layer takes what is written, detached.
 pub fn overlay(lower: &OwnedFd, upper: &OwnedFd, work: &OwnedFd) -> Result<OwnedFd, Errno> {
     let context = FsContext::open(c"overlay")?;
@@ -278,10 +329,17 @@ pub fn overlay(lower: &OwnedFd, upper: &OwnedFd, work: &OwnedFd) -> Result<Owned
     context.mount(plain())
 }
 
-/// A file system that takes nothing from the host.
-pub fn fresh(mount: &Mount) -> Result<OwnedFd, Errno> {
+/// A file system that takes nothing from the host; a procfs for these ids, or for any.
+pub fn fresh(mount: &Mount, ids: Option<&IdMap>) -> Result<OwnedFd, Errno> {
     match mount {
-        Mount::Proc => FsContext::open(c"proc")?.mount(plain() | libc::MOUNT_ATTR_NOEXEC),
+        Mount::Proc => {
+            let context = FsContext::open(c"proc")?;
+            if ids.is_some_and(|ids| !ids.has_root) {
+                // The files of pid 1 belong to the root of the spawner's user namespace, who is the build here.
+                context.string(c"hidepid", c"2")?;
+            }
+            context.mount(plain() | libc::MOUNT_ATTR_NOEXEC)
+        }
         Mount::Devpts => {
             let context = FsContext::open(c"devpts")?;
             context.string(c"mode", c"0620")?;

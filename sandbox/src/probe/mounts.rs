@@ -71,13 +71,13 @@ fn write_file(dir: BorrowedFd<'_>, name: &CStr, act: &str) -> Result<(), Trouble
 pub fn proc() -> Tried {
     let root = attached()?;
     let at = place(&root, "proc", Kind::Directory)?;
-    let bare = rootfs::fresh(&Mount::Proc).act("mount proc")?;
+    let bare = rootfs::fresh(&Mount::Proc, None).act("mount proc")?;
     masks::mount(&bare, at.as_fd()).act("cover parts of a fresh /proc").map(|()| Found::default())
 }
 
 /// In a sandbox: its own terminals.
 pub fn devpts() -> Tried {
-    let devpts = rootfs::fresh(&Mount::Devpts).act("mount devpts")?;
+    let devpts = rootfs::fresh(&Mount::Devpts, None).act("mount devpts")?;
     let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
     openat(&devpts, c"ptmx", flags, Mode::empty()).act("open a terminal in devpts").map(|_| Found::default())
 }
@@ -96,21 +96,27 @@ pub fn bind(ids: &IdMap) -> Tried {
 
 /// The host's device nodes in another place, in use.
 pub fn devices(ids: &IdMap) -> Tried {
-    let source = |name| Mount::Device { source: Path::new("/dev").join(name) };
-    let plan = plan(ids, DEVICES.iter().map(|(name, _)| source(name)).collect());
-    with_sources(&plan, |root, trees| {
-        for ((name, access), tree) in DEVICES.into_iter().zip(trees) {
-            let kind = fstat(&tree).act(&format!("look at /dev/{name}"))?.st_mode;
-            if SFlag::from_bits_truncate(kind) & SFlag::S_IFMT != SFlag::S_IFCHR {
-                return Err(Trouble::said(format!("use /dev/{name}"), "it is no device"));
+    in_sandbox(
+        ids,
+        || Ok(()),
+        |()| {
+            // As for a build: where it is set up, before anything lies over /dev.
+            let trees = DEVICES.map(|(name, _)| sources::host_path(&Path::new("/dev").join(name)));
+            let root = attached()?;
+            for ((name, access), tree) in DEVICES.into_iter().zip(trees) {
+                let tree = tree?;
+                let kind = fstat(&tree).act(&format!("look at /dev/{name}"))?.st_mode;
+                if SFlag::from_bits_truncate(kind) & SFlag::S_IFMT != SFlag::S_IFCHR {
+                    return Err(Trouble::said(format!("use /dev/{name}"), "it is no device"));
+                }
+                let at = place(&root, name, Kind::File)?;
+                sys::move_mount(tree.as_fd(), at.as_fd()).act(&format!("bind /dev/{name}"))?;
+                openat(&root, name, access | OFlag::O_CLOEXEC, Mode::empty())
+                    .act(&format!("open /dev/{name} where it is bound"))?;
             }
-            let at = place(&root, name, Kind::File)?;
-            sys::move_mount(tree.as_fd(), at.as_fd()).act(&format!("bind /dev/{name}"))?;
-            openat(&root, name, access | OFlag::O_CLOEXEC, Mode::empty())
-                .act(&format!("open /dev/{name} where it is bound"))?;
-        }
-        Ok(Found::default())
-    })
+            Ok(Found::default())
+        },
+    )
 }
 
 /// A plan of mounts alone, to open sources by.

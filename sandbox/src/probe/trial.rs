@@ -20,9 +20,9 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use super::outcome::{Act, Trouble, Why};
 use crate::child::privileges;
+use crate::frame::Own;
 use crate::ids::IdMap;
-use crate::plan::Network;
-use crate::spawner::server;
+use crate::spawner::stock;
 use crate::sys;
 
 /// No step takes nearly this long on a machine that works.
@@ -88,7 +88,7 @@ pub fn in_sandbox<S, T: Serialize + DeserializeOwned>(
         let (go, gone) = unistd::pipe2(OFlag::O_CLOEXEC).act("make a pipe")?;
         let opened = open()?;
         // SAFETY: this process is a copy of one with one thread.
-        let cloned = unsafe { sys::clone_process(server::namespaces(Network::Own).bits(), None) };
+        let cloned = unsafe { sys::clone_process(stock::namespaces(Own::Own).bits(), None) };
         match cloned.act(CLONE)? {
             sys::Cloned::Child => {
                 drop((answer, gone));
@@ -97,7 +97,7 @@ pub fn in_sandbox<S, T: Serialize + DeserializeOwned>(
             }
             sys::Cloned::Parent { pid, .. } => {
                 drop(report);
-                server::write_maps(pid, ids)?;
+                stock::write_maps(pid, ids)?;
                 File::from(gone).write_all(&[1]).act("go on with the sandbox")?;
                 listen(answer, pid)
             }

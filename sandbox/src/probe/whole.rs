@@ -18,7 +18,7 @@ use crate::landlock;
 use crate::plan::{Command, Layer, Limits, Mount, MountPoint, Network, Plan, TmpfsSize};
 use crate::report::{ExitStatus, Report};
 use crate::seccomp::Profile;
-use crate::spawner::{Leftovers, SpawnError, Spawner, Stdio};
+use crate::spawner::{Leftovers, SpawnError, Spawner, Stdio, Stock};
 
 /// What is done, for the message where it isn't.
 const ACT: &str = "run a command in a sandbox";
@@ -40,7 +40,7 @@ pub fn spawner(lock: &Path) -> Tried {
 
 fn start(leftovers: &Leftovers, lock: &Path) -> Result<Spawner, Trouble> {
     let lock = File::open(lock).act(&format!("open {}", lock.display()))?;
-    Ok(Spawner::start(leftovers, lock.as_fd())?)
+    Ok(Spawner::start(leftovers, lock.as_fd(), Stock::None)?)
 }
 
 /// A sandbox with everything in it that builds have but for inputs, in which this program is the command.

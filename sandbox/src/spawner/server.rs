@@ -2,8 +2,8 @@
 
 use std::ffi::CString;
 use std::fs::File;
-use std::io::{self, IoSliceMut, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -12,20 +12,19 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::mount::{MntFlags, umount2};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sched::CloneFlags;
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, send};
+use nix::sys::socket::{MsgFlags, send};
 use nix::sys::stat::Mode;
 use nix::sys::wait::waitpid;
-use nix::unistd::{self, Pid};
-use serde::de::DeserializeOwned;
+use nix::unistd;
 
-use super::{Leftovers, Stdio, Subject};
+use super::stock::{Framed, Shelf};
+use super::{Leftovers, Stock, Subject};
 use crate::cgroup::Others;
-use crate::child;
-use crate::ids::IdMap;
-use crate::plan::{Network, Plan};
+use crate::child::Order;
+use crate::frame::Frame;
+use crate::message::{self, Fds};
+use crate::plan::Plan;
 use crate::report::{Report, SetupFailure, Step};
-use crate::sabotage::{Layer, kept};
 use crate::{scratch, sys};
 
 /// Serves what comes over `socket`, until the program ends. Yields the exit code.
@@ -37,27 +36,26 @@ pub fn serve(socket: OwnedFd) -> i32 {
 struct Server {
     socket: OwnedFd,
     sandboxes: Vec<Running>,
+    shelf: Shelf,
     estate: Option<Estate>,
 }
 
 /// What the program leaves to the spawner.
 struct Estate {
     leftovers: Leftovers,
+    /// How many sandboxes are made in advance.
+    stock: Stock,
     /// Held open to the end: with it, until then, the lock.
     lock: OwnedFd,
 }
 
 /// A sandbox that has not been reaped.
 struct Running {
-    pid: Pid,
-    pidfd: OwnedFd,
+    framed: Framed,
     /// The owner's socket.
     control: UnixStream,
     /// Whether the owner is still to be listened to.
     owner: Owner,
-    report: File,
-    /// Its end tells the child that the spawner is gone.
-    _go: File,
 }
 
 #[derive(PartialEq, Eq)]
@@ -68,7 +66,7 @@ enum Owner {
 
 impl Server {
     fn new(socket: OwnedFd) -> Self {
-        Self { socket, sandboxes: Vec::new(), estate: None }
+        Self { socket, sandboxes: Vec::new(), shelf: Shelf::default(), estate: None }
     }
 
     /// Serves until the program ends. Yields the exit code.
@@ -88,10 +86,11 @@ impl Server {
             sandbox.kill();
         }
         for sandbox in self.sandboxes.drain(..) {
-            let _ = waitpid(sandbox.pid, None);
+            sandbox.framed.end();
         }
+        self.shelf.clear();
         let program = self.program();
-        let Some(Estate { leftovers, lock: _lock }) = self.estate else { return code };
+        let Some(Estate { leftovers, lock: _lock, .. }) = self.estate else { return code };
         for mount in &leftovers.mounts {
             // Gone already is as good.
             let _ = umount2(mount, MntFlags::MNT_DETACH);
@@ -131,12 +130,15 @@ impl Server {
     fn turn(&mut self) -> Result<Turn, Errno> {
         let mut fds = vec![PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
         for sandbox in &self.sandboxes {
-            fds.push(PollFd::new(sandbox.pidfd.as_fd(), PollFlags::POLLIN));
+            fds.push(PollFd::new(sandbox.framed.pidfd.as_fd(), PollFlags::POLLIN));
             if sandbox.owner == Owner::Listening {
                 fds.push(PollFd::new(sandbox.control.as_fd(), PollFlags::POLLIN));
             }
         }
-        match poll(&mut fds, PollTimeout::NONE) {
+        fds.extend(self.shelf.pidfds().map(|pidfd| PollFd::new(pidfd, PollFlags::POLLIN)));
+        // Whoever asks for something comes first.
+        let patience = if self.shelf.is_wanting() { PollTimeout::ZERO } else { PollTimeout::NONE };
+        match poll(&mut fds, patience) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno),
         }
@@ -149,9 +151,15 @@ impl Server {
                 sandbox.kill();
             }
         }
-        let ended = |sandbox: &mut Running| ready.contains(&sandbox.pidfd.as_raw_fd());
+        let ended = |sandbox: &mut Running| ready.contains(&sandbox.framed.pidfd.as_raw_fd());
         for sandbox in self.sandboxes.extract_if(.., ended).collect::<Vec<_>>() {
             sandbox.bury();
+        }
+        self.shelf.remove(|pidfd| ready.contains(&pidfd.as_raw_fd()));
+        if ready.is_empty()
+            && let Some(Estate { stock: Stock::UpTo(most), .. }) = self.estate
+        {
+            self.shelf.restock(most);
         }
         match ready.contains(&self.socket.as_raw_fd()) {
             true => self.receive(),
@@ -161,44 +169,59 @@ impl Server {
 
     /// Takes one message: the program's estate, or a request for a sandbox.
     fn receive(&mut self) -> Result<Turn, Errno> {
-        let mut byte = [0];
-        let mut space = nix::cmsg_space!([RawFd; 5]);
-        let mut slices = [IoSliceMut::new(&mut byte)];
-        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-        let message = match recvmsg::<()>(self.socket.as_raw_fd(), &mut slices, Some(&mut space), flags) {
+        let Fds { kind, fds } = match message::receive_fds(self.socket.as_fd()) {
             Err(Errno::EINTR) => return Ok(Turn::GoOn),
             message => message?,
         };
-        let mut fds = Vec::new();
-        // An error here means that the message was cut off, for want of descriptors.
-        for part in message.cmsgs().into_iter().flatten() {
-            if let ControlMessageOwned::ScmRights(raw) = part {
-                // SAFETY: the kernel has just made these descriptors for this process alone.
-                fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-            }
-        }
-        if message.bytes == 0 {
-            return Ok(Turn::ProgramEnded);
-        }
-        if byte == [Subject::Estate as u8] {
-            if let Ok([leftovers, lock]) = <[OwnedFd; 2]>::try_from(fds) {
-                self.estate = read_message(leftovers).ok().map(|leftovers| Estate { leftovers, lock });
+        let Some(kind) = kind else { return Ok(Turn::ProgramEnded) };
+        if kind == Subject::Estate as u8 {
+            if let Ok([message, lock]) = <[OwnedFd; 2]>::try_from(fds) {
+                let read = message::read::<(Leftovers, Stock)>(message).ok();
+                self.estate = read.map(|(leftovers, stock)| Estate { leftovers, stock, lock });
             }
         // Too few: the descriptor limit was reached. The owner sees its socket close.
         } else if let Ok([plan, sources, stdout, stderr, control]) = <[OwnedFd; 5]>::try_from(fds) {
-            match launch(plan, sources, Stdio { stdout, stderr }) {
-                Ok((pid, pidfd, report, go)) => self.sandboxes.push(Running {
-                    pid,
-                    pidfd,
-                    control: control.into(),
-                    owner: Owner::Listening,
-                    report,
-                    _go: go,
-                }),
-                Err(failure) => tell(&control.into(), &Report::NotSetUp(failure)),
+            let control = UnixStream::from(control);
+            match self.launch(Order { plan, sources, stdout, stderr }) {
+                Ok(framed) => {
+                    self.sandboxes.push(Running { framed, control, owner: Owner::Listening });
+                }
+                Err(failure) => tell(&control, &Report::NotSetUp(failure)),
             }
         }
         Ok(Turn::GoOn)
+    }
+
+    /// Has a sandbox made to a plan, of one that waits if there is one for it.
+    fn launch(&mut self, order: Order) -> Result<Framed, SetupFailure> {
+        let fail = |errno| SetupFailure::new(Step::ReadPlan, errno, "");
+        let plan = order.plan.try_clone().map_err(|_| fail(Errno::EMFILE))?;
+        let plan: Plan = message::read(plan).map_err(fail)?;
+        let frame = Frame::of(&plan);
+        if let Some(cgroup) = &plan.cgroup {
+            // Moving a process there would take longer than making one.
+            let framed = Framed::new(&frame, Some(open_cgroup(cgroup)?.as_fd()))?;
+            return send_order(framed, &order);
+        }
+        if let Some(framed) = self.shelf.take(&frame)
+            && let Ok(framed) = send_order(framed, &order)
+        {
+            self.shelf.want(frame);
+            return Ok(framed);
+        }
+        let framed = send_order(Framed::new(&frame, None)?, &order)?;
+        self.shelf.want(frame);
+        Ok(framed)
+    }
+}
+
+fn send_order(framed: Framed, order: &Order) -> Result<Framed, SetupFailure> {
+    match framed.order(order) {
+        Ok(()) => Ok(framed),
+        Err(errno) => {
+            framed.end();
+            Err(SetupFailure::new(Step::PassSources, errno, ""))
+        }
     }
 }
 
@@ -225,15 +248,16 @@ enum Turn {
 impl Running {
     fn kill(&self) {
         // The only error is that it is dead already.
-        let _ = sys::pidfd_send_signal(self.pidfd.as_fd(), libc::SIGKILL);
+        let _ = sys::pidfd_send_signal(self.framed.pidfd.as_fd(), libc::SIGKILL);
     }
 
     /// Reaps the sandbox's first process, by whose end all others are dead, and tells the owner.
     fn bury(mut self) {
-        let _ = waitpid(self.pid, None);
+        let _ = waitpid(self.framed.pid, None);
         let mut bytes = Vec::new();
         // No writer is left, so this ends.
-        let read = Read::by_ref(&mut self.report).take(Report::MAX_BYTES as u64).read_to_end(&mut bytes);
+        let read =
+            Read::by_ref(&mut self.framed.report).take(Report::MAX_BYTES as u64).read_to_end(&mut bytes);
         // The first record is the cause, what follows are its echoes.
         let report = match (read, postcard::take_from_bytes::<Report>(&bytes)) {
             (Ok(_), Ok((report, _))) => report,
@@ -250,80 +274,8 @@ fn tell(control: &UnixStream, report: &Report) {
     }
 }
 
-/// Makes a sandbox: clones its first process and gives it ids.
-fn launch(plan: OwnedFd, sources: OwnedFd, stdio: Stdio) -> Result<(Pid, OwnedFd, File, File), SetupFailure> {
-    let plan = read_plan(plan)?;
-    let pipe = || unistd::pipe2(OFlag::O_CLOEXEC).map_err(|errno| SetupFailure::new(Step::Pipe, errno, ""));
-    let (report_read, report) = pipe()?;
-    let (go, go_write) = pipe()?;
-    let namespaces = namespaces(plan.network);
-    let cgroup = plan.cgroup.as_deref().map(open_cgroup).transpose()?;
-    // SAFETY: the spawner has one thread for life.
-    let cloned = unsafe { sys::clone_process(namespaces.bits(), cgroup.as_ref().map(|dir| dir.as_fd())) }
-        .map_err(|errno| SetupFailure::new(Step::Clone, errno, ""))?;
-    match cloned {
-        sys::Cloned::Child => {
-            let Stdio { stdout, stderr } = stdio;
-            let streams = child::Streams { stdout, stderr, report, go, sources };
-            child::run(&plan, streams)
-        }
-        sys::Cloned::Parent { pid, pidfd } => {
-            let mut go_write = File::from(go_write);
-            let mapped = write_maps(pid, &plan.ids).and_then(|()| {
-                go_write.write_all(&[1]).map_err(|_| SetupFailure::new(Step::MapIds, Errno::EPIPE, ""))
-            });
-            if let Err(failure) = mapped {
-                let _ = sys::pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL);
-                let _ = waitpid(pid, None);
-                return Err(failure);
-            }
-            Ok((pid, pidfd, File::from(report_read), go_write))
-        }
-    }
-}
-
 fn open_cgroup(path: &Path) -> Result<OwnedFd, SetupFailure> {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     nix::fcntl::open(path, flags, Mode::empty())
         .map_err(|errno| SetupFailure::new(Step::Cgroup, errno, path.display().to_string()))
-}
-
-/// The namespaces of a sandbox, but for that of cgroups, which it makes itself.
-pub fn namespaces(network: Network) -> CloneFlags {
-    let mut namespaces = CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID;
-    for (layer, namespace) in [(Layer::Ipc, CloneFlags::CLONE_NEWIPC), (Layer::Uts, CloneFlags::CLONE_NEWUTS)]
-    {
-        if kept(layer) {
-            namespaces |= namespace;
-        }
-    }
-    if network == Network::Own && kept(Layer::Network) {
-        namespaces |= CloneFlags::CLONE_NEWNET;
-    }
-    namespaces
-}
-
-fn read_plan(memfd: OwnedFd) -> Result<Plan, SetupFailure> {
-    read_message(memfd).map_err(|errno| SetupFailure::new(Step::ReadPlan, errno, ""))
-}
-
-/// What `write_message` put into a memfd.
-fn read_message<T: DeserializeOwned>(memfd: OwnedFd) -> Result<T, Errno> {
-    let mut bytes = Vec::new();
-    let mut file = File::from(memfd);
-    let read = io::Seek::rewind(&mut file).and_then(|()| file.read_to_end(&mut bytes));
-    read.map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
-    postcard::from_bytes(&bytes).map_err(|_| Errno::EBADMSG)
-}
-
-/// Gives the user namespace of a process its ids.
-pub fn write_maps(pid: Pid, ids: &IdMap) -> Result<(), SetupFailure> {
-    for (file, map) in [("uid_map", &ids.uid_map), ("gid_map", &ids.gid_map)] {
-        let path = format!("/proc/{pid}/{file}");
-        std::fs::write(&path, map).map_err(|error| {
-            let errno = error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
-            SetupFailure::new(Step::MapIds, errno, format!("{file} \"{}\"", map.trim_end()))
-        })?;
-    }
-    Ok(())
 }
