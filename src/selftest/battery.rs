@@ -23,6 +23,7 @@ use super::{DEADLINE, Mode, Outcome, Play, Probe, Profile, find};
 use crate::castore::Node;
 use crate::config::{Lifetime, NetworkPolicy, Settings};
 use crate::isolation::Demand;
+use crate::size::Size;
 use crate::worker::Groundwork;
 
 /// The worker's state directory, in the battery's.
@@ -34,6 +35,16 @@ pub const COPY: &str = "cofferdam";
 
 /// How many probes run at once; each may have two builds.
 const PROBES_AT_ONCE: usize = 6;
+
+/// How many builds may wait: few, so that a probe can fill the queue.
+pub const MAX_WAITING: usize = 32;
+
+/// What each build may use: little, so that a probe soon comes to the end of it, and it does the host no harm.
+pub const MEMORY_BYTES: u64 = 256 << 20;
+/// The same of files on disk.
+pub const SCRATCH_BYTES: u64 = 256 << 20;
+/// The same of processes.
+const PROCESSES: u64 = 1000;
 
 /// How long the worker's threads stay idle. Short, so that they come and go while probes run, as they do in a daemon
 /// over a day.
@@ -140,6 +151,10 @@ fn settings(dir: &Path, mode: Mode) -> Settings {
     let mut settings = Settings::new(dir.join(STATE), Lifetime::Ephemeral);
     // Twice: a probe with two builds must not wait for another one.
     settings.max_builds = NonZeroUsize::MIN.saturating_add(2 * PROBES_AT_ONCE);
+    settings.max_waiting = MAX_WAITING;
+    settings.limits.memory = Some(Size(MEMORY_BYTES));
+    settings.limits.scratch = Some(Size(SCRATCH_BYTES));
+    settings.limits.processes = Some(PROCESSES);
     settings.allowed_host_paths = vec![dir.join(SHOWN)];
     settings.network = NetworkPolicy::Host;
     // A mode that is not what it is called must not be run under its name.

@@ -199,7 +199,7 @@ impl Stage<'_> {
     pub async fn start(&self, draft: Draft) -> Result<Running, Fault> {
         let request = Request::new(draft)?;
         let build = self.theatre.worker.builder.start(request).await?;
-        Ok(Running { build, stdout: Vec::new(), stderr: Vec::new() })
+        Ok(Running { build, stdout: Vec::new(), stderr: Vec::new(), longest_piece: 0 })
     }
 
     /// The processes on the host that run this probe's attack, as "pid arguments".
@@ -257,6 +257,8 @@ pub struct Running {
     /// What it has written to standard output so far.
     pub stdout: Vec<u8>,
     stderr: Vec<u8>,
+    /// The length of the longest piece that its log came in so far.
+    pub longest_piece: usize,
 }
 
 impl Running {
@@ -290,12 +292,12 @@ impl Running {
     /// Takes one event.
     async fn step(&mut self) -> Option<Ended> {
         let end = match self.build.next().await {
-            Some(Ok(Event::Log { stream: LogStream::Stdout, data })) => {
-                self.stdout.extend_from_slice(&data);
-                return None;
-            }
-            Some(Ok(Event::Log { stream: LogStream::Stderr, data })) => {
-                self.stderr.extend_from_slice(&data);
+            Some(Ok(Event::Log { stream, data })) => {
+                self.longest_piece = self.longest_piece.max(data.len());
+                match stream {
+                    LogStream::Stdout => self.stdout.extend_from_slice(&data),
+                    LogStream::Stderr => self.stderr.extend_from_slice(&data),
+                }
                 return None;
             }
             Some(Ok(Event::Completed { outputs })) => End::Completed(outputs),
