@@ -232,7 +232,8 @@ impl Stage<'_> {
 /// Takes a file or a tree of the host into the store.
 pub(super) fn ingest(worker: &Worker, path: &Path) -> Result<Node, IngestError> {
     let (cancel, label) = (std::sync::atomic::AtomicBool::new(false), path.display().to_string());
-    Ingest { store: &worker.store, scanner: None, skip: &[], label: &label, cancel: &cancel }.path(path)
+    Ingest { store: &worker.store, scanner: None, skip: &[], label: &label, allowance: None, cancel: &cancel }
+        .path(path)
 }
 
 /// A name that is known to be one.
@@ -272,12 +273,17 @@ impl Running {
     /// # Errors
     /// The end, where the build ended without.
     pub async fn said(&mut self, text: &str) -> Result<(), Ended> {
-        while !self.stdout.windows(text.len()).any(|window| window == text.as_bytes()) {
+        let mut searched = 0;
+        loop {
+            let rest = self.stdout.get(searched..).unwrap_or_default();
+            if memchr::memmem::find(rest, text.as_bytes()).is_some() {
+                return Ok(());
+            }
+            searched = self.stdout.len().saturating_sub(text.len());
             if let Some(ended) = self.step().await {
                 return Err(ended);
             }
         }
-        Ok(())
     }
 
     /// Waits for the end.
