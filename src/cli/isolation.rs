@@ -6,7 +6,7 @@ use crate::config::Settings;
 use crate::isolation::Wish;
 
 /// Flags of every subcommand that runs builds.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct IsolationArgs {
     /// Demand a layer of the sandbox, or leave it out: LAYER is ids, inputs; DEMAND is required,
     /// preferred (the default) or off; may be repeated

@@ -142,13 +142,13 @@ async fn build_of(stage: &Stage<'_>, role: &str, at: &[&'static str], needles: &
 }
 
 /// What a build stored, to be looked at.
-struct Stored<'a> {
+pub(super) struct Stored<'a> {
     stage: &'a Stage<'a>,
-    findings: Findings,
+    pub(super) findings: Findings,
 }
 
 impl<'a> Stored<'a> {
-    fn new(stage: &'a Stage<'a>) -> Self {
+    pub(super) fn new(stage: &'a Stage<'a>) -> Self {
         Self { stage, findings: Findings::default() }
     }
 
@@ -163,7 +163,7 @@ impl<'a> Stored<'a> {
     }
 
     /// The contents of a file, which are read and compared with its digest.
-    fn contents(&mut self, node: Option<&Node>) -> Vec<u8> {
+    pub(super) fn contents(&mut self, node: Option<&Node>) -> Vec<u8> {
         let Some(Node::File { digest, size, .. }) = node else {
             self.findings.check(false, format_args!("no file: {node:?}"));
             return Vec::new();
@@ -504,7 +504,7 @@ async fn permissions_dropped(stage: &Stage<'_>) -> Outcome {
 }
 
 /// Entries of one directory: more than fit a page of anything.
-const ENTRIES: usize = 20_000;
+const ENTRIES: usize = 5_000;
 /// Levels that a tree may well have, and more than it may have.
 const LEVELS: (usize, usize) = (300, 1000);
 /// Levels of long names, whose path no system call takes.
@@ -708,7 +708,7 @@ async fn failed_build(
 /// How long references of Nix are.
 const HASH_BYTES: usize = 32;
 /// Needles beside those that are found.
-const DECOYS: usize = 5_000;
+const DECOYS: usize = 2_000;
 /// What files are read in is a divisor of this.
 const LARGEST_READ: usize = 1 << 20;
 

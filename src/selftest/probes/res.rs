@@ -304,11 +304,11 @@ fn resident() -> u64 {
 }
 
 /// How long an endless line is.
-const LINE_BYTES: usize = 8 << 20;
+const LINE_BYTES: usize = 2 << 20;
 
 fn endless_line(_: &Act, findings: &mut Findings) {
     let mut out = io::stdout().lock();
-    let block = vec![b'x'; 1 << 20];
+    let block = vec![b'x'; 256 << 10];
     let written = (0..LINE_BYTES / block.len()).try_for_each(|_| out.write_all(&block));
     // An end after all, so that the verdict is a line of its own.
     findings.works("write", written.and_then(|()| out.write_all(b"\n")));
@@ -333,7 +333,7 @@ async fn in_pieces(stage: &Stage<'_>) -> Outcome {
 }
 
 /// How many lines of one byte.
-const SHORT_LINES: usize = 100_000;
+const SHORT_LINES: usize = 50_000;
 /// What is asked for without a newline.
 const PROMPT: &str = "password: ";
 /// How long half a line may be held back, on a machine that is busy.
