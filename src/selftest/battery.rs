@@ -89,6 +89,8 @@ pub struct Assignment {
     pub mode: Mode,
     /// What is promised.
     pub profile: Profile,
+    /// How inputs are shown to builds.
+    pub inputs: Demand,
     /// The battery's directory.
     pub dir: PathBuf,
 }
@@ -123,12 +125,12 @@ pub fn run(assignment: Assignment) -> io::Result<()> {
 }
 
 fn set_up(assignment: Assignment) -> Result<(tokio::runtime::Runtime, Theatre), String> {
-    let Assignment { mode, profile, dir } = assignment;
+    let Assignment { mode, profile, inputs, dir } = assignment;
     let words = |error: &dyn std::fmt::Display| error.to_string();
     // A session keyring of this worker's own, as a login gives one, so that there is one for builds to look for. Without
     // it each thread that puts a key in would make one.
     let _ = Call::KEYCTL_JOIN_NEW_SESSION.make(&mut []);
-    let ground = Groundwork::lay(settings(&dir, mode)).map_err(|error| words(&error))?;
+    let ground = Groundwork::lay(settings(&dir, mode, inputs)).map_err(|error| words(&error))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_keep_alive(THREAD_KEEP_ALIVE)
@@ -147,7 +149,7 @@ fn set_up(assignment: Assignment) -> Result<(tokio::runtime::Runtime, Theatre), 
     Ok((runtime, Theatre { worker, mode, profile, dir, program, faults }))
 }
 
-fn settings(dir: &Path, mode: Mode) -> Settings {
+fn settings(dir: &Path, mode: Mode, inputs: Demand) -> Settings {
     let mut settings = Settings::new(dir.join(STATE), Lifetime::Ephemeral);
     // Twice: a probe with two builds must not wait for another one.
     settings.max_builds = NonZeroUsize::MIN.saturating_add(2 * PROBES_AT_ONCE);
@@ -157,6 +159,7 @@ fn settings(dir: &Path, mode: Mode) -> Settings {
     settings.limits.processes = Some(PROCESSES);
     settings.allowed_host_paths = vec![dir.join(SHOWN)];
     settings.network = NetworkPolicy::Host;
+    settings.isolation.inputs = inputs;
     // A mode that is not what it is called must not be run under its name.
     settings.isolation.ids = match mode {
         Mode::Root | Mode::Range => Demand::Required,

@@ -138,7 +138,6 @@ fn tamper(act: &Act, findings: &mut Findings) {
     let mut open = Vec::new();
     for which in FILES {
         open.extend(through_descriptors(&at(which), findings));
-        by_opening(&at(which), findings);
     }
     for which in FILES {
         by_name(&at(which));
@@ -177,41 +176,43 @@ fn through_descriptors(path: &Path, findings: &mut Findings) -> Option<File> {
     findings.fails(&format!("write to {shown}"), (&file).write_all(FOREIGN));
     findings
         .fails(&format!("change the owner of {shown}"), std::os::unix::fs::fchown(&file, Some(0), Some(0)));
-    // Refused, or done to a copy: the next build shows.
+    past_the_cache(path, findings);
+    // Refused, or done to a copy of the build's own: the next build shows.
     let again = format!("/proc/self/fd/{}", file.as_raw_fd());
     let _ = OpenOptions::new().write(true).open(&again).and_then(|mut file| file.write_all(FOREIGN));
     let _ = file.set_permissions(Permissions::from_mode(0o777));
     let _ = file.set_modified(SystemTime::now());
-    let seen = fs::read(path);
-    if let Some(seen) = findings.works(&format!("read {shown} again"), seen) {
-        findings.check(seen == LINE.repeat(LINES), format_args!("{shown} was changed"));
-    }
+    by_opening(path, findings);
     Some(file)
 }
 
-/// For writing an input can't be opened.
+/// What lies on disk, not in memory.
+fn past_the_cache(path: &Path, findings: &mut Findings) {
+    let mut options = OpenOptions::new();
+    options.read(true).custom_flags(libc::O_DIRECT);
+    let mut seen = Vec::new();
+    // Not every file system reads so, or any length.
+    if options.open(path).is_ok_and(|mut file| file.read_to_end(&mut seen).is_ok()) {
+        findings
+            .check(seen == LINE.repeat(LINES), format_args!("{}: other contents on disk", path.display()));
+    }
+}
+
+/// For writing an input can't be opened, unless that makes a copy of the build's own.
 fn by_opening(path: &Path, findings: &mut Findings) {
     let refusals = [Errno::EROFS, Errno::EACCES, Errno::EPERM];
     for flags in [
         OFlag::O_WRONLY,
         OFlag::O_RDWR,
         OFlag::O_WRONLY | OFlag::O_APPEND,
-        OFlag::O_WRONLY | OFlag::O_TRUNC,
         OFlag::O_RDWR | OFlag::O_DIRECT,
+        OFlag::O_WRONLY | OFlag::O_TRUNC,
     ] {
-        let act = format!("open {} with {flags:?}", path.display());
-        findings.refused(&act, open_with(path, flags), &refusals);
-    }
-    let mut past_cache = OpenOptions::new();
-    past_cache.read(true).custom_flags(libc::O_DIRECT);
-    if let Ok(mut file) = past_cache.open(path) {
-        let mut seen = Vec::new();
-        // Not every file system reads so, or any length.
-        if file.read_to_end(&mut seen).is_ok() {
-            findings.check(
-                seen == LINE.repeat(LINES),
-                format_args!("{}: other contents on disk", path.display()),
-            );
+        match open_with(path, flags) {
+            Ok(fd) => drop(File::from(fd).write_all(FOREIGN)),
+            refused => {
+                findings.refused(&format!("open {} with {flags:?}", path.display()), refused, &refusals)
+            }
         }
     }
 }
