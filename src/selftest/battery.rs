@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cofferdam_sandbox::attack::Call;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{Gid, setgroups, setresgid, setresuid};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
@@ -43,12 +44,13 @@ pub const MAX_WAITING: usize = 32;
 pub const MEMORY_BYTES: u64 = 256 << 20;
 /// The same of files on disk.
 pub const SCRATCH_BYTES: u64 = 256 << 20;
-/// The same of processes.
-const PROCESSES: u64 = 1000;
 
 /// How long the worker's threads stay idle. Short, so that they come and go while probes run, as they do in a daemon
 /// over a day.
 const THREAD_KEEP_ALIVE: Duration = Duration::from_millis(200);
+
+/// How many processes and threads a build may have: fewer than a fork bomb of the probes would start.
+const PROCESSES: u64 = 1024;
 
 /// What the host's side asks for.
 #[derive(Debug, Serialize, Deserialize)]
@@ -130,6 +132,9 @@ fn set_up(assignment: Assignment) -> Result<(tokio::runtime::Runtime, Theatre), 
     // A session keyring of this worker's own, as a login gives one, so that there is one for builds to look for. Without
     // it each thread that puts a key in would make one.
     let _ = Call::KEYCTL_JOIN_NEW_SESSION.make(&mut []);
+    // So that it is the sandbox that forbids core files, and not whoever started this.
+    let _ =
+        getrlimit(Resource::RLIMIT_CORE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_CORE, hard, hard));
     let ground = Groundwork::lay(settings(&dir, mode, inputs)).map_err(|error| words(&error))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
