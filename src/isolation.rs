@@ -252,6 +252,18 @@ impl FromStr for Wish {
     }
 }
 
+/// As it is read.
+impl fmt::Display for Wish {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let demand = match self.demand {
+            Demand::Required => "required",
+            Demand::Preferred => "preferred",
+            Demand::Off => "off",
+        };
+        write!(f, "{}={demand}", self.layer)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -291,6 +303,7 @@ mod tests {
     #[test]
     fn wishes_are_read() {
         let wish = |text: &str| text.parse::<Wish>();
+        assert_eq!(wish("inputs=off").unwrap().to_string(), "inputs=off");
         assert_eq!(wish("ids=required"), Ok(Wish { layer: Layer::Ids, demand: Demand::Required }));
         for (text, why) in [
             ("ids", "it has no \"=\""),

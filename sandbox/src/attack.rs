@@ -201,6 +201,24 @@ calls! {
     SHMGET = libc::SYS_shmget, [Int, Int, Int];
     /// `memfd_secret(flags)`.
     MEMFD_SECRET = libc::SYS_memfd_secret, [Int];
+    /// `mmap` of so many bytes of a file, from its beginning, shared and to be written to, wherever there is room.
+    MMAP_SHARED_WRITE = libc::SYS_mmap, [
+        Fixed(0), Int, Fixed((libc::PROT_READ | libc::PROT_WRITE) as c_long), Fixed(libc::MAP_SHARED as c_long), Int, Fixed(0)
+    ];
+    /// `mmap` of so many bytes of a file, from its beginning, private and to be read, wherever there is room.
+    MMAP_PRIVATE_READ = libc::SYS_mmap, [
+        Fixed(0), Int, Fixed(libc::PROT_READ as c_long), Fixed(libc::MAP_PRIVATE as c_long), Int, Fixed(0)
+    ];
+    /// `splice(from, where it stands, to, where it stands, length, flags)`.
+    SPLICE = libc::SYS_splice, [Int, Fixed(0), Int, Fixed(0), Int, Int];
+    /// `ioctl(fd, FS_IOC_SETFLAGS, flags)`.
+    SET_FILE_FLAGS = libc::SYS_ioctl, [Int, Fixed(0x4008_6602), In(8)];
+    /// `ioctl(fd, FICLONE, fd)`.
+    CLONE_FILE = libc::SYS_ioctl, [Int, Fixed(0x4004_9409), Int];
+    /// `ftruncate(fd, length)`.
+    FTRUNCATE = libc::SYS_ftruncate, [Int, Int];
+    /// `fallocate(fd, mode, offset, length)`.
+    FALLOCATE = libc::SYS_fallocate, [Int, Int, Int, Int];
     /// `lsm_set_self_attr(attribute, context, size, flags)`.
     LSM_SET_SELF_ATTR = 460, [Int, In(32), Fixed(32), Int];
 }

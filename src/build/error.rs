@@ -327,6 +327,17 @@ pub enum Cause {
         /// What they may take.
         limit: Size,
     },
+    /// Its outputs hold more than its files may take of the disk.
+    #[error(
+        "limit reached: the outputs hold more than {limit}, holes and each name of a file counted (--max-scratch); {path} \
+         is where it shows"
+    )]
+    OutputsTooLarge {
+        /// What they may hold.
+        limit: Size,
+        /// The file that was too much, escaped.
+        path: String,
+    },
     /// It has more files than it may.
     #[error("limit reached: the build has more than {limit} files and directories (a part of --max-scratch)")]
     TooManyFiles {
@@ -360,6 +371,7 @@ impl Cause {
             Self::MissingOutputs { .. }
             | Self::UnstorableOutput(_)
             | Self::ScratchFull { .. }
+            | Self::OutputsTooLarge { .. }
             | Self::TooManyFiles { .. }
             | Self::Layout(_) => None,
         }
@@ -465,6 +477,12 @@ mod tests {
             (
                 Cause::ScratchFull { limit: Size(1 << 20) },
                 "limit reached: the build's files take more than 1048576 bytes (1 MiB) on disk (--max-scratch)",
+                None,
+            ),
+            (
+                Cause::OutputsTooLarge { limit: Size(1 << 20), path: "out/f".into() },
+                "limit reached: the outputs hold more than 1048576 bytes (1 MiB), holes and each name of a file counted \
+                 (--max-scratch); out/f is where",
                 None,
             ),
             (

@@ -507,8 +507,9 @@ impl Running {
             let patterns = Patterns::new(&request.needles)
                 .map_err(|error| IntakeError::from(WorkerError::new(WorkerPart::Program, error)))?;
             let (request, patterns, places) = (&*request, &patterns, places.as_slice());
-            let intake =
-                Intake { request, patterns, places, scratch: &scratch, store: &lease.store, cancel: &cancel };
+            let limit = lease.settings.limits.scratch;
+            let (scratch, store, cancel) = (&*scratch, &lease.store, &*cancel);
+            let intake = Intake { request, patterns, places, scratch, limit, store, cancel };
             intake.run(|output, needles| {
                 // A client that has gone is noticed elsewhere.
                 let _ = events.blocking_send(Event::Refscan { output, needles: needles.to_vec() });

@@ -1,7 +1,7 @@
 //! What a build left behind: taken into the store and searched for references, in one read of every byte.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use nix::errno::Errno;
 use nix::fcntl::AtFlags;
@@ -14,6 +14,7 @@ use super::scratch::{Scratch, ScratchError};
 use crate::castore::Store;
 use crate::castore::ingest::{Ingest, IngestError};
 use crate::refscan::{Patterns, Scanner};
+use crate::size::Size;
 
 /// Takes in the outputs of a build that has ended.
 pub struct Intake<'a> {
@@ -25,6 +26,8 @@ pub struct Intake<'a> {
     pub places: &'a [PathBuf],
     /// The build's directory; none of its processes lives.
     pub scratch: &'a Scratch,
+    /// What all outputs may hold together. Files with holes take little on disk and may still be endless to read.
+    pub limit: Option<Size>,
     /// Where the outputs go.
     pub store: &'a Store,
     /// Once this is true the work ends with [`Fault::Cancelled`].
@@ -60,9 +63,10 @@ impl Intake<'_> {
     /// that can't be stored.
     pub fn run(&self, mut each: impl FnMut(u32, &[u64])) -> Result<Vec<Output>, IntakeError> {
         self.find_missing()?;
+        let left = self.limit.map(|Size(bytes)| AtomicU64::new(bytes));
         let mut outputs = Vec::with_capacity(self.places.len());
         for (index, (path, place)) in (0..).zip(self.request.outputs.iter().zip(self.places)) {
-            let output = self.take(path, place)?;
+            let output = self.take(path, place, left.as_ref())?;
             each(index, &output.needles);
             outputs.push(output);
         }
@@ -93,16 +97,33 @@ impl Intake<'_> {
         }
     }
 
-    fn take(&self, path: &SandboxPath, place: &Path) -> Result<Output, IntakeError> {
+    fn take(
+        &self,
+        path: &SandboxPath,
+        place: &Path,
+        allowance: Option<&AtomicU64>,
+    ) -> Result<Output, IntakeError> {
         let missing = || IntakeError::Build(Cause::MissingOutputs { paths: vec![path.clone()] });
         let parent = self.scratch.parent_of(place)?.ok_or_else(missing)?;
         let name = place.file_name().ok_or_else(missing)?;
         let scanner = Scanner::new(self.patterns);
         let (store, label) = (self.store, path.to_string());
-        let ingest = Ingest { store, scanner: Some(&scanner), skip: &[], label: &label, cancel: self.cancel };
+        let ingest = Ingest {
+            store,
+            scanner: Some(&scanner),
+            skip: &[],
+            label: &label,
+            allowance,
+            cancel: self.cancel,
+        };
         match ingest.at(std::os::fd::AsFd::as_fd(&parent), name) {
             Ok(node) => Ok(Output { node, needles: scanner.found() }),
             Err(IngestError::Tree(fault)) => Err(IntakeError::Build(Cause::UnstorableOutput(fault))),
+            Err(IngestError::TooMuch { path }) => {
+                // Without a limit nothing is too much.
+                let limit = self.limit.unwrap_or(Size(u64::MAX));
+                Err(IntakeError::Build(Cause::OutputsTooLarge { limit, path }))
+            }
             Err(IngestError::Cancelled) => Err(IntakeError::Fault(Fault::Cancelled)),
             Err(IngestError::Store(error)) => {
                 Err(IntakeError::Fault(WorkerError::new(WorkerPart::Store, error).into()))

@@ -59,7 +59,7 @@ pub(super) fn ingest_with(
     scanner: Option<&Scanner>,
     skip: &[&[u8]],
 ) -> Result<Node, IngestError> {
-    Ingest { store, scanner, skip, label: ".", cancel: &AtomicBool::new(false) }.path(path)
+    Ingest { store, scanner, skip, label: ".", allowance: None, cancel: &AtomicBool::new(false) }.path(path)
 }
 
 /// A tree, in memory.

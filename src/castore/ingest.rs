@@ -16,7 +16,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use nix::dir::{Dir, Type};
 use nix::errno::Errno;
@@ -48,6 +48,9 @@ pub struct Ingest<'a> {
     pub skip: &'a [&'a [u8]],
     /// What the root is called in messages.
     pub label: &'a str,
+    /// How many more bytes of contents are taken, where that is limited: those of a file without contents count as well,
+    /// and those of one with several names once for each.
+    pub allowance: Option<&'a AtomicU64>,
     /// Once this is true the work ends with [`IngestError::Cancelled`], within one piece of a file.
     pub cancel: &'a AtomicBool,
 }
@@ -221,6 +224,7 @@ impl<'a> Walk<'a> {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(source) => return Err(IngestError::Io { act: "read", path: self.shown(), source }),
             };
+            self.charge(chunk.len() as u64)?;
             if let Some(stream) = &mut stream {
                 stream.feed(chunk);
             }
@@ -228,6 +232,16 @@ impl<'a> Walk<'a> {
         }
         let (digest, size) = writer.finish()?;
         Ok(Found::Complete(Node::File { digest, size, executable }))
+    }
+
+    /// Takes `bytes` from the allowance.
+    fn charge(&self, bytes: u64) -> Result<(), IngestError> {
+        let Some(allowance) = self.ingest.allowance else { return Ok(()) };
+        let charge = |left: u64| left.checked_sub(bytes);
+        match allowance.fetch_update(Ordering::Relaxed, Ordering::Relaxed, charge) {
+            Ok(_) => Ok(()),
+            Err(_) => Err(IngestError::TooMuch { path: self.shown() }),
+        }
     }
 
     fn symlink(&self, dir: BorrowedFd<'_>, name: &OsStr) -> Result<Found, IngestError> {
@@ -327,6 +341,12 @@ pub enum IngestError {
     /// The store didn't take it.
     #[error("can't store the tree: {0}")]
     Store(#[from] StoreError),
+    /// The allowance does not last.
+    #[error("{path} is where the tree comes to hold more than it may")]
+    TooMuch {
+        /// The file that is too much.
+        path: String,
+    },
     /// It was told to end.
     #[error("cancelled")]
     Cancelled,

@@ -7,7 +7,7 @@ use crate::config::Settings;
 use crate::isolation::Wish;
 
 /// Flags of every subcommand that runs builds.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct IsolationArgs {
     /// Refuse builds little more than Nix does (parity), or all that few of them need (strict): nested sandboxes, mounts,
     /// unusual sockets

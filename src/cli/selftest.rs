@@ -8,6 +8,7 @@ use nix::unistd::{Gid, Uid};
 
 use super::render::no_stdout;
 use super::{Failed, cannot, remark};
+use crate::isolation::{Demand, Layer, Wish};
 use crate::selftest::battery::{self, Assignment};
 use crate::selftest::mode::{self, Available, Become, Expected};
 use crate::selftest::report::{ModeReport, Report};
@@ -38,9 +39,20 @@ pub struct SelftestArgs {
     /// What is promised
     #[arg(long, value_enum, default_value_t)]
     profile: Profile,
+    /// Show builds their inputs as copies on disk, as without FUSE: inputs=off; the mode says what ids are
+    #[arg(long, value_name = "LAYER=DEMAND", value_parser = inputs_wish)]
+    isolation: Option<Wish>,
     /// Fail unless these modes can be run here
     #[arg(long, value_enum, value_name = "MODE", value_delimiter = ',')]
     expect: Vec<Expected>,
+}
+
+/// A demand of the inputs: another one the modes make.
+fn inputs_wish(text: &str) -> Result<Wish, String> {
+    match text.parse::<Wish>()? {
+        wish if wish.layer == Layer::Inputs => Ok(wish),
+        _ => Err("the modes of the self-test say what ids are; only inputs can be chosen".into()),
+    }
 }
 
 /// Runs the probes in every mode there is. Yields the exit code.
@@ -109,7 +121,14 @@ fn run_mode(
         }
         Ok(user) => {
             remark(format_args!("cofferdam: {} probes in mode {mode}", probes.len()));
-            let plan = host::Plan { mode, user, profile: args.profile, probes, parent };
+            let plan = host::Plan {
+                mode,
+                user,
+                profile: args.profile,
+                inputs: args.isolation.as_ref().map(|wish| wish.demand),
+                probes,
+                parent,
+            };
             let mut done = 0;
             let mut progress = |probe: &crate::selftest::report::ProbeReport| {
                 done += 1;
@@ -152,6 +171,8 @@ pub struct BatteryArgs {
     mode: Mode,
     #[arg(long, value_enum)]
     profile: Profile,
+    #[arg(long, value_parser = inputs_wish)]
+    isolation: Option<Wish>,
     /// Become this UID:GID first
     #[arg(long, value_parser = user_parser)]
     user: Option<(u32, u32)>,
@@ -171,16 +192,18 @@ fn user_parser(text: &str) -> Result<(u32, u32), String> {
 /// # Errors
 /// Where the host's side is gone.
 pub fn battery(args: BatteryArgs) -> Result<u8, Failed> {
-    let BatteryArgs { dir, mode, profile, user, group } = args;
+    let BatteryArgs { dir, mode, profile, isolation, user, group } = args;
     if let Some((uid, gid)) = user {
         let user = Become { uid: Uid::from_raw(uid), gid: Gid::from_raw(gid) };
         let mut again = vec!["battery".into(), "--dir".into(), dir.display().to_string()];
         again.extend(["--mode", mode.name(), "--profile", profile.name()].map(str::to_owned));
+        again.extend(isolation.iter().flat_map(|wish| ["--isolation".to_owned(), wish.to_string()]));
         let error = battery::become_user(user, group.map(Gid::from_raw), &dir.join(battery::COPY), &again);
         return Err(Failed(format!("can't become user {uid}: {error}")));
     }
     super::start_logging("warn")?;
-    let assignment = Assignment { mode, profile, dir };
+    let inputs = isolation.map_or(Demand::Preferred, |wish| wish.demand);
+    let assignment = Assignment { mode, profile, inputs, dir };
     battery::run(assignment).map(|()| 0).map_err(|error| Failed(format!("can't go on: {error}")))
 }
 

@@ -24,6 +24,7 @@ use super::{DEADLINE, Mode, Outcome, Play, Probe, Profile, find};
 use crate::castore::Node;
 use crate::config::{Lifetime, NetworkPolicy, Settings};
 use crate::isolation::Demand;
+use crate::size::Size;
 use crate::worker::Groundwork;
 
 /// The worker's state directory, in the battery's.
@@ -35,6 +36,14 @@ pub const COPY: &str = "cofferdam";
 
 /// How many probes run at once; each may have two builds.
 const PROBES_AT_ONCE: usize = 6;
+
+/// How many builds may wait: few, so that a probe can fill the queue.
+pub const MAX_WAITING: usize = 32;
+
+/// What each build may use: little, so that a probe soon comes to the end of it, and it does the host no harm.
+pub const MEMORY_BYTES: u64 = 256 << 20;
+/// The same of files on disk.
+pub const SCRATCH_BYTES: u64 = 256 << 20;
 
 /// How long the worker's threads stay idle. Short, so that they come and go while probes run, as they do in a daemon
 /// over a day.
@@ -82,6 +91,8 @@ pub struct Assignment {
     pub mode: Mode,
     /// What is promised.
     pub profile: Profile,
+    /// How inputs are shown to builds.
+    pub inputs: Demand,
     /// The battery's directory.
     pub dir: PathBuf,
 }
@@ -116,7 +127,7 @@ pub fn run(assignment: Assignment) -> io::Result<()> {
 }
 
 fn set_up(assignment: Assignment) -> Result<(tokio::runtime::Runtime, Theatre), String> {
-    let Assignment { mode, profile, dir } = assignment;
+    let Assignment { mode, profile, inputs, dir } = assignment;
     let words = |error: &dyn std::fmt::Display| error.to_string();
     // A session keyring of this worker's own, as a login gives one, so that there is one for builds to look for. Without
     // it each thread that puts a key in would make one.
@@ -124,7 +135,7 @@ fn set_up(assignment: Assignment) -> Result<(tokio::runtime::Runtime, Theatre), 
     // So that it is the sandbox that forbids core files, and not whoever started this.
     let _ =
         getrlimit(Resource::RLIMIT_CORE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_CORE, hard, hard));
-    let ground = Groundwork::lay(settings(&dir, mode)).map_err(|error| words(&error))?;
+    let ground = Groundwork::lay(settings(&dir, mode, inputs)).map_err(|error| words(&error))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_keep_alive(THREAD_KEEP_ALIVE)
@@ -143,13 +154,17 @@ fn set_up(assignment: Assignment) -> Result<(tokio::runtime::Runtime, Theatre), 
     Ok((runtime, Theatre { worker, mode, profile, dir, program, faults }))
 }
 
-fn settings(dir: &Path, mode: Mode) -> Settings {
+fn settings(dir: &Path, mode: Mode, inputs: Demand) -> Settings {
     let mut settings = Settings::new(dir.join(STATE), Lifetime::Ephemeral);
     // Twice: a probe with two builds must not wait for another one.
     settings.max_builds = NonZeroUsize::MIN.saturating_add(2 * PROBES_AT_ONCE);
+    settings.max_waiting = MAX_WAITING;
+    settings.limits.memory = Some(Size(MEMORY_BYTES));
+    settings.limits.scratch = Some(Size(SCRATCH_BYTES));
+    settings.limits.processes = Some(PROCESSES);
     settings.allowed_host_paths = vec![dir.join(SHOWN)];
     settings.network = NetworkPolicy::Host;
-    settings.limits.processes = Some(PROCESSES);
+    settings.isolation.inputs = inputs;
     // A mode that is not what it is called must not be run under its name.
     settings.isolation.ids = match mode {
         Mode::Root | Mode::Range => Demand::Required,

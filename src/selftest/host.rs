@@ -16,6 +16,7 @@ use super::left::{Difference, Scope, Snapshot, blind_spots, differences};
 use super::mode::Become;
 use super::report::{ModeReport, ProbeReport};
 use super::{Company, DEADLINE, Mode, Outcome, Probe, Profile};
+use crate::isolation::{Demand, Layer, Wish};
 
 /// How long a worker may take to start or to end.
 const START_PATIENCE: Duration = Duration::from_secs(60);
@@ -43,6 +44,8 @@ pub struct Plan<'a> {
     pub user: Option<Become>,
     /// What is promised.
     pub profile: Profile,
+    /// How inputs are shown to builds, where that is chosen.
+    pub inputs: Option<Demand>,
     /// The probes.
     pub probes: &'a [&'static Probe],
     /// Where directories may be made that nobody else writes to.
@@ -266,6 +269,9 @@ impl Battery {
         let mut command = Command::new(&program);
         command.arg("battery").arg("--dir").arg(dir);
         command.args(["--mode", plan.mode.name(), "--profile", plan.profile.name()]);
+        if let Some(demand) = plan.inputs {
+            command.arg("--isolation").arg(Wish { layer: Layer::Inputs, demand }.to_string());
+        }
         let grouped = dir.join(SHOWN).join(GROUP_FILE).exists();
         if grouped || plan.user.is_some() {
             let user = plan.user.unwrap_or(Become { uid: Uid::effective(), gid: Gid::effective() });

@@ -199,7 +199,7 @@ impl Stage<'_> {
     pub async fn start(&self, draft: Draft) -> Result<Running, Fault> {
         let request = Request::new(draft)?;
         let build = self.theatre.worker.builder.start(request).await?;
-        Ok(Running { build, stdout: Vec::new(), stderr: Vec::new() })
+        Ok(Running { build, stdout: Vec::new(), stderr: Vec::new(), longest_piece: 0 })
     }
 
     /// The processes on the host that run this probe's attack, as "pid arguments".
@@ -232,7 +232,8 @@ impl Stage<'_> {
 /// Takes a file or a tree of the host into the store.
 pub(super) fn ingest(worker: &Worker, path: &Path) -> Result<Node, IngestError> {
     let (cancel, label) = (std::sync::atomic::AtomicBool::new(false), path.display().to_string());
-    Ingest { store: &worker.store, scanner: None, skip: &[], label: &label, cancel: &cancel }.path(path)
+    Ingest { store: &worker.store, scanner: None, skip: &[], label: &label, allowance: None, cancel: &cancel }
+        .path(path)
 }
 
 /// A name that is known to be one.
@@ -257,6 +258,8 @@ pub struct Running {
     /// What it has written to standard output so far.
     pub stdout: Vec<u8>,
     stderr: Vec<u8>,
+    /// The length of the longest piece that its log came in so far.
+    pub longest_piece: usize,
 }
 
 impl Running {
@@ -270,12 +273,17 @@ impl Running {
     /// # Errors
     /// The end, where the build ended without.
     pub async fn said(&mut self, text: &str) -> Result<(), Ended> {
-        while !self.stdout.windows(text.len()).any(|window| window == text.as_bytes()) {
+        let mut searched = 0;
+        loop {
+            let rest = self.stdout.get(searched..).unwrap_or_default();
+            if memchr::memmem::find(rest, text.as_bytes()).is_some() {
+                return Ok(());
+            }
+            searched = self.stdout.len().saturating_sub(text.len());
             if let Some(ended) = self.step().await {
                 return Err(ended);
             }
         }
-        Ok(())
     }
 
     /// Waits for the end.
@@ -290,12 +298,12 @@ impl Running {
     /// Takes one event.
     async fn step(&mut self) -> Option<Ended> {
         let end = match self.build.next().await {
-            Some(Ok(Event::Log { stream: LogStream::Stdout, data })) => {
-                self.stdout.extend_from_slice(&data);
-                return None;
-            }
-            Some(Ok(Event::Log { stream: LogStream::Stderr, data })) => {
-                self.stderr.extend_from_slice(&data);
+            Some(Ok(Event::Log { stream, data })) => {
+                self.longest_piece = self.longest_piece.max(data.len());
+                match stream {
+                    LogStream::Stdout => self.stdout.extend_from_slice(&data),
+                    LogStream::Stderr => self.stderr.extend_from_slice(&data),
+                }
                 return None;
             }
             Some(Ok(Event::Completed { outputs })) => End::Completed(outputs),

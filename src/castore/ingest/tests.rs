@@ -25,7 +25,8 @@ fn the_tree_of_the_design() {
     assert_eq!(ingest(&store, &dir.path().join("tree")).unwrap(), hello);
     assert_eq!(ingest(&store, &dir.path().join("tree/")).unwrap(), hello);
     let cancel = AtomicBool::new(false);
-    let ingest = Ingest { store: &store, scanner: None, skip: &[], label: ".", cancel: &cancel };
+    let ingest =
+        Ingest { store: &store, scanner: None, skip: &[], label: ".", allowance: None, cancel: &cancel };
     let at = with_dir(dir.path(), |dir| ingest.at(dir, OsStr::new("tree")));
     assert_eq!(at.unwrap(), hello);
     assert!(store.directories.get(&digest(HELLO)).unwrap().is_some());
@@ -102,7 +103,8 @@ fn what_has_no_node_is_named_and_never_waited_for() {
 
         // A type that the directory got wrong, or that changed since.
         let cancel = AtomicBool::new(false);
-        let ingest = Ingest { store: &store, scanner: None, skip: &[], label: ".", cancel: &cancel };
+        let ingest =
+            Ingest { store: &store, scanner: None, skip: &[], label: ".", allowance: None, cancel: &cancel };
         let lied = with_dir(&tree.join("sub"), |dir| {
             let mut walk = Walk::new(&ingest);
             walk.entry(dir, OsStr::new("b\nd"), Some(Type::File)).map(drop)
@@ -118,7 +120,8 @@ fn nothing_there() {
     let found = fault(ingest(&store, &dir.path().join("no/where")));
     assert_eq!(found, TreeFault::NotFound { path: ".".to_owned() });
     let cancel = AtomicBool::new(false);
-    let ingest = Ingest { store: &store, scanner: None, skip: &[], label: ".", cancel: &cancel };
+    let ingest =
+        Ingest { store: &store, scanner: None, skip: &[], label: ".", allowance: None, cancel: &cancel };
     for name in ["", ".", "..", "store/blobs", "/etc"] {
         let at = with_dir(dir.path(), |dir| ingest.at(dir, OsStr::new(name)));
         assert!(matches!(fault(at), TreeFault::Name { .. }), "{name}");
@@ -174,7 +177,8 @@ fn a_file_that_became_a_link_is_not_followed() {
     let (dir, store) = store();
     symlink("/etc", dir.path().join("link")).unwrap();
     let cancel = AtomicBool::new(false);
-    let ingest = Ingest { store: &store, scanner: None, skip: &[], label: ".", cancel: &cancel };
+    let ingest =
+        Ingest { store: &store, scanner: None, skip: &[], label: ".", allowance: None, cancel: &cancel };
     for hint in [Type::File, Type::Directory] {
         let lied = with_dir(dir.path(), |dir| {
             Walk::new(&ingest).entry(dir, OsStr::new("link"), Some(hint)).map(drop)
@@ -219,11 +223,35 @@ fn the_scanner_sees_names_targets_and_contents() {
 }
 
 #[test]
+fn contents_have_a_limit_holes_and_other_names_included() {
+    let (dir, store) = store();
+    let tree = dir.path().join("tree");
+    fs::create_dir(&tree).unwrap();
+    File::create(tree.join("a")).unwrap().set_len(1000).unwrap();
+    fs::hard_link(tree.join("a"), tree.join("b")).unwrap();
+    let cancel = AtomicBool::new(false);
+    for (bytes, enough) in [(2000, true), (1999, false), (0, false)] {
+        let left = AtomicU64::new(bytes);
+        let ingest = Ingest {
+            store: &store,
+            scanner: None,
+            skip: &[],
+            label: ".",
+            allowance: Some(&left),
+            cancel: &cancel,
+        };
+        let taken = ingest.path(&tree);
+        assert_eq!(matches!(taken, Err(IngestError::TooMuch { .. })), !enough, "{bytes}: {taken:?}");
+    }
+}
+
+#[test]
 fn cancelled() {
     let (dir, store) = store();
     Sketch::hello().write(&dir.path().join("tree"));
     let cancel = AtomicBool::new(true);
-    let ingest = Ingest { store: &store, scanner: None, skip: &[], label: ".", cancel: &cancel };
+    let ingest =
+        Ingest { store: &store, scanner: None, skip: &[], label: ".", allowance: None, cancel: &cancel };
     assert!(matches!(ingest.path(&dir.path().join("tree")), Err(IngestError::Cancelled)));
     assert!(store.directories.get(&digest(HELLO)).unwrap().is_none());
 }

@@ -5,12 +5,25 @@ use super::Probe;
 mod cap;
 mod dev;
 mod fs;
+mod inp;
 mod net;
+mod out;
 mod pr;
 mod ps;
+mod res;
 mod sec;
 mod tools;
 
 /// The families, in the catalogue's order.
-pub const FAMILIES: &[&[Probe]] =
-    &[fs::PROBES, pr::PROBES, net::PROBES, dev::PROBES, ps::PROBES, cap::PROBES, sec::PROBES];
+pub const FAMILIES: &[&[Probe]] = &[
+    fs::PROBES,
+    pr::PROBES,
+    net::PROBES,
+    dev::PROBES,
+    ps::PROBES,
+    cap::PROBES,
+    sec::PROBES,
+    res::PROBES,
+    out::PROBES,
+    inp::PROBES,
+];
