@@ -2,15 +2,31 @@
 
 use super::Probe;
 
+mod api;
+mod can;
 mod cap;
 mod dev;
 mod fs;
+mod leak;
 mod net;
 mod pr;
 mod ps;
 mod sec;
+mod second;
+mod sto;
 mod tools;
 
 /// The families, in the catalogue's order.
-pub const FAMILIES: &[&[Probe]] =
-    &[fs::PROBES, pr::PROBES, net::PROBES, dev::PROBES, ps::PROBES, cap::PROBES, sec::PROBES];
+pub const FAMILIES: &[&[Probe]] = &[
+    fs::PROBES,
+    pr::PROBES,
+    net::PROBES,
+    dev::PROBES,
+    ps::PROBES,
+    cap::PROBES,
+    sec::PROBES,
+    leak::PROBES,
+    can::PROBES,
+    api::PROBES,
+    sto::PROBES,
+];
