@@ -69,11 +69,16 @@ impl Place {
     /// Where it does not.
     pub async fn daemon(&self, stage: &Stage<'_>, arguments: &[&str]) -> Result<Daemon, Outcome> {
         let mut daemon = Daemon { child: self.spawn(stage, arguments)?, ended: None };
-        let listens = eventually(START, || daemon.has_ended() || self.socket().exists()).await;
+        let listens = eventually(START, || daemon.has_ended() || self.answers()).await;
         if listens && !daemon.has_ended() {
             return Ok(daemon);
         }
         Err(Outcome::broken(format!("the second daemon does not start: {}", self.said())))
+    }
+
+    /// Whether somebody listens at the socket: its file may be that of a daemon that was killed.
+    fn answers(&self) -> bool {
+        std::os::unix::net::UnixStream::connect(self.socket()).is_ok()
     }
 
     /// Starts one without waiting for anything.
