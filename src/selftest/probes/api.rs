@@ -15,7 +15,7 @@ use prost::Message;
 
 use super::second::{Daemon, END, Place};
 use crate::build::error::{Fault, FaultKind, Unsupported};
-use crate::build::request::{Request, limits};
+use crate::build::request::{Constraints, Request, limits};
 use crate::castore::{Digest, Node};
 use crate::selftest::stage::{End, Stage, name, path};
 use crate::selftest::{Act, Company, Findings, Outcome, Play, Probe, Weight};
@@ -296,10 +296,7 @@ async fn host_paths(stage: &Stage<'_>) -> Outcome {
         let Ok(mut draft) = stage.draft("", &[]) else { return Outcome::broken("no request") };
         draft.constraints.ro_paths.push(asked.clone());
         let ended = stage.run(draft).await;
-        let refused = match &ended.end {
-            End::Fault(Fault::Invalid(_) | Fault::Unsupported(_)) => true,
-            _ => false,
-        };
+        let refused = matches!(&ended.end, End::Fault(Fault::Invalid(_) | Fault::Unsupported(_)));
         if !refused {
             outcome = outcome.and(Outcome::broken(format!("{}: {}", asked.display(), ended.describe())));
         }
@@ -360,7 +357,8 @@ async fn odd_values(stage: &Stage<'_>) -> Outcome {
     refused(f, "a NUL in a variable", |r| r.environment_vars = vec![variable("A", b"\0")]);
     refused(f, "a system with a space", |r| r.constraints.get_or_insert_default().system = "a b".to_owned());
     let mut outcome = findings.outcome();
-    let foreign: [(&str, fn(&mut crate::build::request::Constraints)); 2] = [
+    type Change = fn(&mut Constraints);
+    let foreign: [(&str, Change); 2] = [
         ("a foreign system", |constraints| constraints.system = Some("pdp11-unix".to_owned())),
         ("all the memory there can be", |constraints| constraints.min_memory = u64::MAX),
     ];

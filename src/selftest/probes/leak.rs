@@ -253,10 +253,7 @@ fn keep(findings: &mut Findings) {
     let _ = Call::MQ_OPEN.make(&mut [Arg::Str(&queue), Arg::Int(MQ_CREATE), Arg::Int(0o666)]);
     let program = findings.works("open the program", fs::File::open(program()));
     // Whether it is granted is no matter here; what the other build sees of it is.
-    let exclusive = program.and_then(|file| match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => Some(Ok(lock)),
-        Err((file, _)) => Some(Err(file)),
-    });
+    let exclusive = program.map(|file| Flock::lock(file, FlockArg::LockExclusiveNonblock));
     let shared = findings.works("open the program", fs::File::open(self::program()));
     let shared = match &exclusive {
         Some(Err(_)) => shared.and_then(|file| Flock::lock(file, FlockArg::LockSharedNonblock).ok()),
