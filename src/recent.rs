@@ -27,6 +27,11 @@ impl<K: Hash + Eq + Copy, V: Clone> Memo<K, V> {
     pub fn insert(&self, key: K, value: V, weight: usize) {
         lock(&self.0).insert(key, value, weight);
     }
+
+    /// Forgets the value of `key`.
+    pub fn remove(&self, key: &K) {
+        lock(&self.0).remove(key);
+    }
 }
 
 /// Keeps the values used last, up to a total weight.
@@ -56,6 +61,14 @@ impl<K: Hash + Eq + Copy, V: Clone> Recent<K, V> {
         Some(value)
     }
 
+    /// Drops the value of `key`.
+    fn remove(&mut self, key: &K) {
+        self.old.remove(key);
+        if let Some((_, weight)) = self.young.remove(key) {
+            self.weight = self.weight.saturating_sub(weight);
+        }
+    }
+
     /// Holds `value`, which weighs `weight`.
     fn insert(&mut self, key: K, value: V, weight: usize) {
         if self.weight.saturating_add(weight) > self.half {
@@ -82,6 +95,8 @@ mod tests {
             assert!(recent.young.len() + recent.old.len() <= 10);
         }
         assert_eq!(recent.get(&1), None);
+        recent.remove(&0);
+        assert_eq!(recent.get(&0), None);
         assert_eq!(recent.get(&999), Some(999));
     }
 

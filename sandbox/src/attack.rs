@@ -199,6 +199,8 @@ calls! {
     KILL = libc::SYS_kill, [Int, Int];
     /// `shmget(key, size, flags)`.
     SHMGET = libc::SYS_shmget, [Int, Int, Int];
+    /// `mq_open(name, flags, mode, attributes that the kernel chooses)`.
+    MQ_OPEN = libc::SYS_mq_open, [Str, Int, Int, Fixed(0)];
     /// `memfd_secret(flags)`.
     MEMFD_SECRET = libc::SYS_memfd_secret, [Int];
     /// `mmap` of so many bytes of a file, from its beginning, shared and to be written to, wherever there is room.

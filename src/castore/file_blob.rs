@@ -4,9 +4,9 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use super::traits::Blob;
+use super::traits::{Blob, StoreError};
 
-/// A blob that is all of an open file.
+/// A blob that is all of an open file, and known to be what it should.
 pub(super) struct FileBlob {
     file: File,
     size: u64,
@@ -16,6 +16,11 @@ impl FileBlob {
     /// The blob in `file`, which has `size` bytes.
     pub(super) fn new(file: File, size: u64) -> Self {
         Self { file, size }
+    }
+
+    /// The file.
+    pub(super) fn file(&self) -> &File {
+        &self.file
     }
 }
 
@@ -35,6 +40,10 @@ impl Blob for FileBlob {
             }
         }
         Ok(filled)
+    }
+
+    fn verify(&self) -> Result<(), StoreError> {
+        Ok(())
     }
 
     fn as_file(&self) -> Option<&File> {

@@ -23,8 +23,10 @@
 //!   not; it is found out when its length is compared with what a tree states
 //!   ([`Closure`](super::closure::Closure)). Storing either again mends it.
 //! * An ephemeral store syncs nothing: it goes with its process.
-//! * Blobs are not hashed again when they are opened. Whoever hands their bytes on to where they must be right
-//!   ([`export`](super::tree::export)) does that.
+//! * Blobs are not hashed again when they are opened. Whoever hands their bytes on to where they must be right does
+//!   that while it copies them ([`export`](super::tree::export)), or asks for it before
+//!   ([`Blob::verify`](super::Blob::verify)), which costs something only for those that this process has neither
+//!   stored nor hashed, or that have changed since. What changes while it is open is not noticed.
 //!
 //! A `put` after which nothing new was stored costs no sync. One after a few blobs syncs these, one after many
 //! the whole file system, once; and the database once. The first one of a process always syncs the file system:
@@ -43,12 +45,14 @@ use nix::libc;
 use super::traits::{Store, StoreError};
 use crate::config::Lifetime;
 use unsynced::Unsynced;
+use verified::Verified;
 
 mod blobs;
 mod directories;
 #[cfg(test)]
 mod tests;
 mod unsynced;
+mod verified;
 
 /// Mode of the directories that a store consists of: what it holds is its owner's business.
 const DIRECTORY_MODE: u32 = 0o700;
@@ -97,6 +101,7 @@ struct Root {
     next: AtomicU64,
     lifetime: Lifetime,
     unsynced: Unsynced,
+    verified: Verified,
     /// The lock goes with this description, when the last user of the store does.
     _lock: File,
 }
@@ -127,6 +132,7 @@ impl Root {
             next: AtomicU64::new(0),
             lifetime,
             unsynced: Unsynced::new(lifetime),
+            verified: Verified::new(),
             _lock: lock,
         })
     }

@@ -50,6 +50,12 @@ pub trait Blob: Send + Sync {
     /// Where the store can't give them.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
 
+    /// Makes sure that the bytes are those that the digest names. Where that is known already, it takes no time.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`] where they are not; others where they can't be read.
+    fn verify(&self) -> Result<(), StoreError>;
+
     /// The file that is all of the blob, where there is one: copies of it may then share its blocks.
     fn as_file(&self) -> Option<&File> {
         None

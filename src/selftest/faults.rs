@@ -102,4 +102,8 @@ impl Blob for FaultyBlob {
         self.faults.meet(&self.digest)?;
         self.below.read_at(buffer, offset)
     }
+
+    fn verify(&self) -> Result<(), StoreError> {
+        self.below.verify()
+    }
 }

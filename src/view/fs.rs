@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime};
 use fuser::{
     AccessFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, Generation, INodeNo, InitFlags,
     KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty,
-    ReplyEntry, ReplyOpen, ReplyStatfs, ReplyXattr, Request,
+    ReplyEntry, ReplyLock, ReplyOpen, ReplyStatfs, ReplyXattr, Request,
 };
 
 use super::inodes::{Entries, FileId, Inode, KEPT, KEPT_NAME, Listing, ROOT};
@@ -208,7 +208,8 @@ impl Castore {
         Ok(filled)
     }
 
-    /// Opens the blob of a file, which must have the length that the file is said to have.
+    /// Opens the blob of a file, which must have the length that the file is said to have, and the bytes that its digest
+    /// names.
     fn blob(&self, file: FileId) -> Result<Arc<dyn Blob>, Fault> {
         let digest = file.digest;
         let recent = self.shared.blobs.get(&digest);
@@ -222,9 +223,18 @@ impl Castore {
                 blob
             }
         };
-        match blob.size() {
-            actual if actual == file.size => Ok(blob),
-            actual => Err(Fault::Size { digest, stated: file.size, actual }),
+        let actual = blob.size();
+        if actual != file.size {
+            // It may be put right: then another file is to be opened.
+            self.shared.blobs.remove(&digest);
+            return Err(Fault::Size { digest, stated: file.size, actual });
+        }
+        match blob.verify() {
+            Ok(()) => Ok(blob),
+            Err(source) => {
+                self.shared.blobs.remove(&digest);
+                Err(Fault::Store { digest, source })
+            }
         }
     }
 
@@ -287,8 +297,11 @@ impl Filesystem for Castore {
             | InitFlags::FUSE_DO_READDIRPLUS
             | InitFlags::FUSE_READDIRPLUS_AUTO
             | InitFlags::FUSE_NO_OPEN_SUPPORT
-            | InitFlags::FUSE_NO_OPENDIR_SUPPORT;
-        // All of them make things faster only: a kernel without one of them will do.
+            | InitFlags::FUSE_NO_OPENDIR_SUPPORT
+            // Builds share files: a lock that the kernel keeps for one would be seen by others.
+            | InitFlags::FUSE_POSIX_LOCKS
+            | InitFlags::FUSE_FLOCK_LOCKS;
+        // Most make things faster only, and locks are older than all else: a kernel without one of them will do.
         if let Err(unsupported) = config.add_capabilities(wanted) {
             tracing::debug!(?unsupported, "this kernel's FUSE is old");
             let _ = config.add_capabilities(wanted & !unsupported);
@@ -455,6 +468,43 @@ impl Filesystem for Castore {
 
     fn flush(&self, _request: &Request, _number: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
         reply.error(Errno::ENOSYS);
+    }
+
+    // Who only reads can lock what nobody writes at any time, and nothing needs to be kept of it. An exclusive lock would
+    // have to be kept for one build alone, of a file that the kernel does not tell apart from that of others.
+
+    fn getlk(
+        &self,
+        _request: &Request,
+        _number: INodeNo,
+        _: FileHandle,
+        _: LockOwner,
+        start: u64,
+        end: u64,
+        _kind: i32,
+        pid: u32,
+        reply: ReplyLock,
+    ) {
+        reply.locked(start, end, libc::F_UNLCK, pid);
+    }
+
+    fn setlk(
+        &self,
+        _request: &Request,
+        _number: INodeNo,
+        _: FileHandle,
+        _: LockOwner,
+        _start: u64,
+        _end: u64,
+        kind: i32,
+        _pid: u32,
+        _sleep: bool,
+        reply: ReplyEmpty,
+    ) {
+        match kind {
+            libc::F_WRLCK => reply.error(Errno::ENOLCK),
+            _ => reply.ok(),
+        }
     }
 
     // And these make it answer for us: there are no extended attributes, and modes are all there is.

@@ -418,6 +418,10 @@ impl Blob for ReadBlob {
         let left = self.end.saturating_sub(offset as usize).min(buffer.len());
         self.inner.read_at(&mut buffer[..left], offset)
     }
+
+    fn verify(&self) -> Result<(), StoreError> {
+        self.inner.verify()
+    }
 }
 
 impl BlobService for Reading {
@@ -493,6 +497,57 @@ fn a_blob_that_ends_early_is_an_io_error() {
 }
 
 /// As builds see it: under an overlay, which may outlast the directory by a moment.
+#[test]
+fn a_damaged_blob_is_an_io_error_and_names_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = crate::castore::LocalStore::open(dir.path()).unwrap().store();
+    let bytes = noise(300_000);
+    let node = file(&store, &bytes, false);
+    let Node::File { digest, .. } = node else { unreachable!() };
+    let path = dir.path().join(format!("blobs/{}/{digest}", &digest.to_hex()[..2]));
+    with_view(store.clone(), |view| {
+        let damaged = [&bytes[..200_000], &[bytes[200_000] ^ 1], &bytes[200_001..]].concat();
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, damaged).unwrap();
+        let exposed = view.expose("b1", inputs([("file", node.clone())])).unwrap();
+        let at = exposed.path().join("file");
+        let mut first = [0; 16];
+        let refused = fs::File::open(&at).unwrap().read_at(&mut first, 0).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::EIO));
+        let fault = exposed.fault().unwrap().to_string();
+        assert!(fault.contains(&digest.to_string()) && fault.contains("damaged"), "{fault}");
+        // Stored again, it is there for the next build.
+        file(&store, &bytes, false);
+        let exposed = view.expose("b2", inputs([("file", node.clone())])).unwrap();
+        assert!(fs::read(exposed.path().join("file")).unwrap() == bytes);
+        assert!(exposed.fault().is_none());
+    });
+}
+
+#[test]
+fn builds_do_not_see_each_others_locks() {
+    use nix::fcntl::{FcntlArg, Flock, FlockArg, fcntl};
+    let store = memory::store();
+    let node = file(&store, b"shared", false);
+    with_view(store, |view| {
+        let open = |id: &str| {
+            let exposed = view.expose(id, inputs([("file", node.clone())])).unwrap();
+            let file = fs::File::open(exposed.path().join("file")).unwrap();
+            (exposed, file)
+        };
+        let ((_first, one), (_second, other)) = (open("b1"), open("b2"));
+        let shared = Flock::lock(one, FlockArg::LockSharedNonblock).map_err(|(_, errno)| errno).unwrap();
+        let exclusive = Flock::lock(other, FlockArg::LockExclusiveNonblock).unwrap_err();
+        assert_eq!(exclusive.1, nix::errno::Errno::ENOLCK, "whether or not there is another");
+        let mut wanted =
+            libc::flock { l_type: libc::F_RDLCK as i16, l_whence: 0, l_start: 0, l_len: 0, l_pid: 0 };
+        fcntl(&exclusive.0, FcntlArg::F_SETLK(&wanted)).unwrap();
+        wanted.l_type = libc::F_WRLCK as i16;
+        fcntl(&*shared, FcntlArg::F_GETLK(&mut wanted)).unwrap();
+        assert_eq!(i32::from(wanted.l_type), libc::F_UNLCK);
+    });
+}
+
 #[test]
 fn an_overlay_may_lie_over_it_and_outlast_it() {
     let store = memory::store();

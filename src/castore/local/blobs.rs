@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat, renameat};
@@ -14,6 +14,7 @@ use super::Root;
 use crate::castore::file_blob::FileBlob;
 use crate::castore::node::Digest;
 use crate::castore::traits::{Blob, BlobService, BlobStat, BlobWriter, StoreError};
+use crate::lock::lock;
 
 /// A blob of up to this many bytes is written in one go, and not at all where it is there already; of a
 /// larger one, smaller writes are gathered up to this.
@@ -44,7 +45,13 @@ impl BlobService for Blobs {
         };
         let stat = fstat(&file).map_err(|errno| refused("look at", digest, errno))?;
         let size = blob_size(&stat, digest)?;
-        Ok(size.map(|size| Arc::new(FileBlob::new(file, size)) as Arc<dyn Blob>))
+        let blob = |size| LocalBlob {
+            root: Arc::clone(&self.root),
+            digest: *digest,
+            file: FileBlob::new(file, size),
+            verified: Mutex::new(false),
+        };
+        Ok(size.map(|size| Arc::new(blob(size)) as Arc<dyn Blob>))
     }
 
     fn create(&self) -> Result<Box<dyn BlobWriter>, StoreError> {
@@ -55,6 +62,38 @@ impl BlobService for Blobs {
             file: None,
             failure: None,
         }))
+    }
+}
+
+/// A blob in its file.
+struct LocalBlob {
+    root: Arc<Root>,
+    digest: Digest,
+    file: FileBlob,
+    /// Whether it was. Locked during that: others who ask must wait for the answer, and need not hash it as well.
+    verified: Mutex<bool>,
+}
+
+impl Blob for LocalBlob {
+    fn size(&self) -> u64 {
+        self.file.size()
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.file.read_at(buffer, offset)
+    }
+
+    fn verify(&self) -> Result<(), StoreError> {
+        let mut verified = lock(&self.verified);
+        if !*verified {
+            self.root.verify(self.file.file(), &self.digest)?;
+            *verified = true;
+        }
+        Ok(())
+    }
+
+    fn as_file(&self) -> Option<&File> {
+        self.file.as_file()
     }
 }
 
@@ -194,6 +233,7 @@ impl Temporary {
         };
         root.unsynced.add(file, digest, rename).map_err(|errno| refused("create", digest, errno))?;
         name.name = None;
+        root.hashed(digest);
         Ok(())
     }
 }
@@ -208,7 +248,7 @@ impl Drop for TemporaryName {
 }
 
 /// Where a blob lies below `blobs/`.
-fn place(digest: &Digest) -> String {
+pub(super) fn place(digest: &Digest) -> String {
     let hex = digest.to_hex();
     format!("{}/{hex}", &hex[..2])
 }
@@ -223,6 +263,6 @@ fn blob_size(stat: &FileStat, digest: &Digest) -> Result<Option<u64>, StoreError
     }
 }
 
-fn refused(act: &'static str, digest: &Digest, errno: Errno) -> StoreError {
+pub(super) fn refused(act: &'static str, digest: &Digest, errno: Errno) -> StoreError {
     StoreError::io(act, format!("blob {digest}"), errno.into())
 }

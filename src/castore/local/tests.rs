@@ -98,6 +98,52 @@ fn a_truncated_blob_is_mended_by_storing_it_again() {
 }
 
 #[test]
+fn a_damaged_blob_is_found_out_and_can_be_stored_again() {
+    let bytes = [7; 70_000];
+    let digest = Digest::of(&bytes);
+    let flipped = [&[6][..], &bytes[1..]].concat();
+    let longer = [&bytes[..], b"x"].concat();
+    for damaged in [&flipped[..], &bytes[1..], &longer] {
+        let (dir, store) = store();
+        let path = dir.path().join(format!("store/blobs/{}/{digest}", &digest.to_hex()[..2]));
+        put_blob(&store, &bytes).unwrap();
+        store.blobs.open(&digest).unwrap().unwrap().verify().unwrap();
+
+        let mode = fs::metadata(&path).unwrap().permissions();
+        fs::set_permissions(&path, PermissionsExt::from_mode(0o600)).unwrap();
+        fs::write(&path, damaged).unwrap();
+        fs::set_permissions(&path, mode).unwrap();
+        let blob = store.blobs.open(&digest).unwrap().unwrap();
+        let refused = blob.verify().unwrap_err();
+        assert!(matches!(refused, StoreError::Damaged { digest: named, .. } if named == digest), "{refused}");
+        assert!(store.blobs.stat(&digest).unwrap().is_none(), "it is removed");
+
+        put_blob(&store, &bytes).unwrap();
+        store.blobs.open(&digest).unwrap().unwrap().verify().unwrap();
+    }
+}
+
+#[test]
+fn a_blob_is_hashed_once_and_again_when_it_has_changed() {
+    let dir = TempDir::new().unwrap();
+    let digest = Digest::of(b"hello");
+    let root = Root::open(dir.path(), Lifetime::Lasting).unwrap();
+    // As the last process left it.
+    let path = dir.path().join(format!("blobs/{}/{digest}", &digest.to_hex()[..2]));
+    fs::write(&path, "hello").unwrap();
+    let file = File::open(&path).unwrap();
+    assert!(!root.verified.knows(&digest));
+    root.verify(&file, &digest).unwrap();
+    assert!(root.verified.knows(&digest));
+    fs::write(&path, "hell0").unwrap();
+    assert!(root.verify(&file, &digest).is_err());
+    // One that has come in its place stays, whoever still holds the old one.
+    fs::write(&path, "hello").unwrap();
+    assert!(root.verify(&file, &digest).is_err());
+    assert!(path.exists());
+}
+
+#[test]
 fn directories_wait_for_the_blobs_before_them() {
     let dir = TempDir::new().unwrap();
     for (lifetime, few) in [(Lifetime::Lasting, 3), (Lifetime::Ephemeral, 0)] {

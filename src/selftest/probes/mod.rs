@@ -2,16 +2,21 @@
 
 use super::Probe;
 
+mod api;
+mod can;
 mod cap;
 mod dev;
 mod fs;
 mod inp;
+mod leak;
 mod net;
 mod out;
 mod pr;
 mod ps;
 mod res;
 mod sec;
+mod second;
+mod sto;
 mod tools;
 
 /// The families, in the catalogue's order.
@@ -26,4 +31,8 @@ pub const FAMILIES: &[&[Probe]] = &[
     res::PROBES,
     out::PROBES,
     inp::PROBES,
+    leak::PROBES,
+    can::PROBES,
+    api::PROBES,
+    sto::PROBES,
 ];
