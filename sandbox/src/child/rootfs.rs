@@ -33,17 +33,13 @@ pub fn assemble(plan: &Plan, sources: Sources) -> Result<(), SetupFailure> {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let anchor = nix::fcntl::open(ANCHOR, flags, Mode::empty())
         .map_err(failure(Step::RootTmpfs, Path::new(ANCHOR)))?;
-    let attach =
-        |tree: &OwnedFd, at| sys::move_mount(tree.as_fd(), anchor.as_fd()).map_err(failure(Step::Mount, at));
+    attach_layers(&anchor, plan, &sources.mounts)?;
     let root = make_root(plan, &anchor, sources.root_lower, &sources.mounts)?;
     let mut sealed = Vec::new();
     for (MountPoint { at, mount }, source) in plan.mounts.iter().zip(sources.mounts) {
         let tree = match source {
             Source::Tree(tree) => tree,
-            Source::Overlay { lower, holder, upper, work } => {
-                // Overlay takes its layers from this mount namespace only.
-                attach(&lower, at)?;
-                attach(&holder, at)?;
+            Source::Overlay { lower, upper, work, .. } => {
                 overlay(&lower, &upper, &work).map_err(failure(Step::Mount, at))?
             }
             Source::Fresh => fresh(mount).map_err(failure(Step::Mount, at))?,
@@ -70,6 +66,21 @@ pub fn assemble(plan: &Plan, sources: Sources) -> Result<(), SetupFailure> {
         sys::set_mount_attributes(tree.as_fd(), READ_ONLY).map_err(failure(Step::ReadOnly, at))?;
     }
     pivot(root.as_fd()).map_err(failure(Step::Pivot, Path::new("")))
+}
+
+/// Attaches the layers of all overlays on the anchor: overlay takes them from this mount namespace only.
+///
+/// Before the root, for what is attached there later comes to lie on the root, and `/..` leads to it: into scratch
+/// space from behind.
+fn attach_layers(anchor: &OwnedFd, plan: &Plan, sources: &[Source]) -> Result<(), SetupFailure> {
+    for (MountPoint { at, .. }, source) in plan.mounts.iter().zip(sources) {
+        if let Source::Overlay { lower, holder, .. } = source {
+            for layer in [lower, holder] {
+                sys::move_mount(layer.as_fd(), anchor.as_fd()).map_err(failure(Step::Mount, at))?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Attaches the root directory, with its entries and places for all mounts, on the anchor.
