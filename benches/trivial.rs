@@ -3,10 +3,8 @@
 //!
 //! `scripts/bench` is the way to run it: as root, with bubblewrap, runc and busybox-static installed.
 
-use std::fmt::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
 
 use cofferdam_proto::build::build_service_client::BuildServiceClient;
 use cofferdam_proto::build::{BuildRequest, build_event::Event, build_request};
@@ -16,18 +14,14 @@ use tonic::transport::{Channel, Endpoint};
 #[path = "../tests/support/mod.rs"]
 mod support;
 
+mod common;
+
+use common::{BUSYBOX, Contender};
 use support::daemon::Daemon;
 use support::{Case, Mode};
 
-const WARM_UP: usize = 20;
-const MEASURED: usize = 200;
-
-/// The static busybox of Debian's busybox-static.
-const BUSYBOX: &str = "/bin/busybox";
-
 fn main() {
-    // Cargo passes --bench; run by `cargo test --benches` without it, there is nothing to measure.
-    if !std::env::args().any(|argument| argument == "--bench") {
+    if !common::asked_for() {
         return;
     }
     let case = Case::new(Mode::own());
@@ -37,35 +31,18 @@ fn main() {
     let root = root(&case);
     let bundle = bundle(&case, &root);
 
-    type Contender<'a> = (&'a str, Box<dyn FnMut() + 'a>);
-    let mut contenders: [Contender; 4] = [
-        ("cofferdam, DoBuild: one input, one output", Box::new(|| runtime.block_on(client.build()))),
-        ("bwrap --unshare-all, read-only bind", Box::new(|| bwrap(&root, &[]))),
-        (
-            "bwrap --unshare-all, with /proc, /dev, /tmp",
-            Box::new(|| bwrap(&root, &["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"])),
-        ),
-        ("runc run", Box::new(|| runc(&bundle))),
-    ];
-    let mut times: [Vec<Duration>; 4] = std::array::from_fn(|_| Vec::with_capacity(MEASURED));
-    for round in 0..WARM_UP + MEASURED {
-        for ((_, run), times) in contenders.iter_mut().zip(&mut times) {
-            let start = Instant::now();
-            run();
-            if round >= WARM_UP {
-                times.push(start.elapsed());
-            }
-        }
-    }
-
-    let names = contenders.iter().map(|(name, _)| *name);
-    let report = report(names.zip(&mut times));
-    println!("{report}");
-    let record =
-        support::repository().join(format!("benches/record/{}-trivial.md", said("date", &["-u", "+%F"])));
-    std::fs::create_dir_all(record.parent().expect("it lies in a directory")).unwrap();
-    std::fs::write(&record, report).unwrap();
-    println!("recorded in {}", record.display());
+    common::compare(
+        "trivial",
+        "A trivial build",
+        &mut [
+            Contender::new("cofferdam, DoBuild: one input, one output", || runtime.block_on(client.build())),
+            Contender::new("bwrap --unshare-all, read-only bind", || common::bwrap(&root, &[])),
+            Contender::new("bwrap --unshare-all, with /proc, /dev, /tmp", || {
+                common::bwrap(&root, &["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]);
+            }),
+            Contender::new("runc run", || runc(&bundle)),
+        ],
+    );
     support::tidy_up();
 }
 
@@ -151,54 +128,7 @@ fn bundle(case: &Case, root: &Path) -> PathBuf {
     case.path("bundle")
 }
 
-fn bwrap(root: &Path, more: &[&str]) {
-    let mut command = Command::new("bwrap");
-    command.args(["--unshare-all", "--ro-bind"]).arg(root).arg("/").args(more).args(["/bin/busybox", "true"]);
-    succeeds(&mut command);
-}
-
 fn runc(bundle: &Path) {
     let id = format!("cofferdam-bench-{}", std::process::id());
-    succeeds(Command::new("runc").args(["run", "--bundle"]).arg(bundle).arg(id));
-}
-
-fn succeeds(command: &mut Command) {
-    let status = command.stdin(Stdio::null()).status().unwrap();
-    assert!(status.success(), "{command:?}: {status}");
-}
-
-/// The machine and the table, as Markdown.
-fn report<'a>(rows: impl Iterator<Item = (&'a str, &'a mut Vec<Duration>)>) -> String {
-    let mut text = format!(
-        "# A trivial build, {}\n\nLinux {}, {}, {} cores. {MEASURED} runs each after {WARM_UP} to warm up, interleaved; \
-         milliseconds.\n{} {}.\n\n",
-        said("date", &["-u", "+%F %H:%M UTC"]),
-        said("uname", &["-r"]),
-        cpu(),
-        std::thread::available_parallelism().map_or(0, usize::from),
-        said("bwrap", &["--version"]),
-        said("runc", &["--version"]),
-    );
-    text += "| what | median | p90 | min | median, of ours |\n|---|---:|---:|---:|---:|\n";
-    let mut ours = None;
-    for (name, times) in rows {
-        times.sort_unstable();
-        let at = |part: f64| times[(times.len() as f64 * part) as usize].as_secs_f64() * 1e3;
-        let (median, p90, min) = (at(0.5), at(0.9), at(0.0));
-        let ratio = median / *ours.get_or_insert(median);
-        writeln!(text, "| {name} | {median:.2} | {p90:.2} | {min:.2} | {ratio:.2} × |").expect("to a String");
-    }
-    text
-}
-
-fn cpu() -> String {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-    model.map_or("an unnamed CPU", |(_, model)| model).to_owned()
-}
-
-/// The first line that a program prints.
-fn said(program: &str, args: &[&str]) -> String {
-    let run = Command::new(program).args(args).output().unwrap();
-    String::from_utf8_lossy(&run.stdout).lines().next().unwrap_or_default().to_owned()
+    common::succeeds(Command::new("runc").args(["run", "--bundle"]).arg(bundle).arg(id));
 }

@@ -4,7 +4,10 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
+use cofferdam_sandbox::cgroup::Choice;
+
 use crate::isolation::Demands;
+use crate::size::{Share, Size};
 
 /// Everything about a worker that can be chosen.
 #[derive(Clone, Debug)]
@@ -21,10 +24,56 @@ pub struct Settings {
     pub allowed_host_paths: Vec<PathBuf>,
     /// Whether builds may use the host's network, if they ask.
     pub network: NetworkPolicy,
+    /// What each build may use.
+    pub limits: LimitSettings,
     /// The program that is `/bin/sh` for builds that ask for one; it must be statically linked.
     pub shell: Option<PathBuf>,
     /// What is demanded of the sandbox.
     pub isolation: Demands,
+}
+
+/// What each build may use; `None`: as much as there is.
+#[derive(Clone, Debug)]
+pub struct LimitSettings {
+    /// Memory of a build, or where no cgroup counts that, of each of its processes.
+    pub memory: Option<Size>,
+    /// Processes and threads; `None`: a part of what this system allows.
+    pub processes: Option<u64>,
+    /// Files on disk, each and all together.
+    pub scratch: Option<Size>,
+    /// Files in `/dev/shm`; a share is one of the build's memory.
+    pub shm: Share,
+    /// What is to stay free on the disk.
+    pub floor: Floor,
+    /// Where cgroups are looked for.
+    pub cgroup: Choice,
+}
+
+/// The largest share of a build's memory that `/dev/shm` takes where none is chosen: that of Nix, and of tmpfs itself.
+pub const SHM: Share = Share::Percent(50);
+
+impl Default for LimitSettings {
+    fn default() -> Self {
+        Self {
+            memory: None,
+            processes: None,
+            scratch: None,
+            shm: SHM,
+            floor: Floor::None,
+            cgroup: Choice::Auto,
+        }
+    }
+}
+
+/// What is to stay free on the disk that builds write to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Floor {
+    /// Nothing: builds may fill it.
+    None,
+    /// A small part of it.
+    Share,
+    /// This much.
+    Size(Size),
 }
 
 /// What becomes of a state directory.
@@ -58,6 +107,7 @@ impl Settings {
             max_waiting: MAX_WAITING,
             allowed_host_paths: Vec::new(),
             network: NetworkPolicy::Refused,
+            limits: LimitSettings::default(),
             shell: None,
             isolation: Demands::default(),
         }

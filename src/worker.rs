@@ -11,6 +11,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsE
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use cofferdam_sandbox::cgroup::{self, Cgroups};
 use cofferdam_sandbox::ids::{EnterError, Entered, IdClaim};
 use cofferdam_sandbox::{Identity, Leftovers, SpawnError, Spawner};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -18,8 +19,10 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use crate::build::{Builder, ScratchError};
 use crate::castore::{LocalStore, Store, StoreError};
 use crate::config::{Lifetime, Settings};
-use crate::isolation::{Demand, Ids, Inputs, Lacking, Layer, Network, Strength};
-use crate::view::{View, ViewError};
+use crate::inputs::Inputs;
+use crate::inputs::copies::{Copies, CopyError};
+use crate::isolation::{Demand, Ids, Lacking, Layer, Network, Strength};
+use crate::view::View;
 
 /// The file by which a state directory is known and locked.
 const LOCK: &str = "cofferdam.lock";
@@ -35,6 +38,7 @@ pub struct Groundwork {
     settings: Settings,
     identity: Identity,
     spawner: Spawner,
+    cgroups: cgroup::Found,
     state: StateDir,
     claim: Option<IdClaim>,
 }
@@ -45,6 +49,8 @@ pub struct Worker {
     pub store: Store,
     /// Carries out builds.
     pub builder: Builder,
+    /// What builds are limited by.
+    pub limits: cgroup::Status,
     // After the rest: while anything of the worker lives, the state directory and the ids are its own.
     _state: StateDir,
     _claim: Option<IdClaim>,
@@ -96,6 +102,9 @@ pub enum WorkerStartError {
     /// There are no namespaces to be had.
     #[error(transparent)]
     Enter(#[from] EnterError),
+    /// The cgroup that was named can't be used.
+    #[error("--cgroup: {0}")]
+    Cgroup(#[from] cgroup::CgroupError),
     /// A layer that is required can't be had.
     #[error(transparent)]
     Lacking(#[from] Lacking),
@@ -105,9 +114,9 @@ pub enum WorkerStartError {
     /// There is no store.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// There is no view.
+    /// There is no place for copies of inputs.
     #[error(transparent)]
-    View(#[from] ViewError),
+    Copies(#[from] CopyError),
     /// There is no scratch space.
     #[error(transparent)]
     Scratch(#[from] ScratchError),
@@ -123,6 +132,11 @@ impl Groundwork {
     pub fn lay(settings: Settings) -> Result<Self, WorkerStartError> {
         // The lock before the fork: the spawner holds it too, until it has removed what builds left.
         let state = StateDir::take(&settings.state_dir, settings.lifetime)?;
+        // In a namespace of its own every user looks like root.
+        let privilege = match nix::unistd::Uid::effective().is_root() {
+            true => cgroup::Privilege::Root,
+            false => cgroup::Privilege::User,
+        };
         let demand = settings.isolation.ids;
         let wanted = if demand == Demand::Off { Ids::Shared } else { Ids::Own };
         let Entered { identity, note, kept_groups, claim } = cofferdam_sandbox::ids::enter(wanted.into())?;
@@ -138,23 +152,31 @@ impl Groundwork {
                  (give the user ranges in /etc/subuid and /etc/subgid)"
             );
         }
-        let tree = match settings.lifetime {
-            Lifetime::Lasting => state.builds(),
-            Lifetime::Ephemeral => state.path.clone(),
+        let trees = match settings.lifetime {
+            Lifetime::Lasting => vec![state.builds(), state.copies()],
+            Lifetime::Ephemeral => vec![state.path.clone()],
         };
         // The spawner, too, takes some for each sandbox.
         raise_descriptor_limit();
-        let spawner =
-            Spawner::start(&Leftovers { mounts: vec![state.view()], trees: vec![tree] }, state.lock.as_fd())?;
-        Ok(Self { settings, identity, spawner, state, claim })
+        // Before the spawner, which is to be where this program is.
+        let cgroups = cgroup::find(&settings.limits.cgroup, privilege)?;
+        tracing::info!(limits = %cgroups.status, "cgroups");
+        let leftovers = Leftovers {
+            mounts: vec![state.view()],
+            trees,
+            cgroups: cgroups.cgroups.as_ref().map(Cgroups::remains),
+        };
+        let spawner = Spawner::start(&leftovers, state.lock.as_fd())?;
+        Ok(Self { settings, identity, spawner, cgroups, state, claim })
     }
 
-    /// Opens the store, mounts the view, and puts the builder over them.
+    /// Opens the store, mounts the view or does without, and puts the builder over them.
     ///
     /// # Errors
     /// Where one of them can't be had.
     pub fn build(self) -> Result<Worker, WorkerStartError> {
-        let Self { mut settings, identity, spawner, state, claim } = self;
+        let Self { mut settings, identity, spawner, cgroups, state, claim } = self;
+        let cgroup::Found { cgroups, status: limits } = cgroups;
         if let Some(slots) = identity.slots().and_then(|slots| NonZeroUsize::new(slots as usize)) {
             settings.max_builds = settings.max_builds.min(slots);
         }
@@ -163,11 +185,16 @@ impl Groundwork {
         state.subdirectory(&at)?;
         let cpus = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
         let threads = cpus.saturating_mul(NonZeroUsize::new(VIEW_THREADS_PER_CPU).unwrap_or(cpus));
-        let view = View::mount(store.clone(), &at, identity.inputs_owner(), threads)?;
-        let strength = Strength { ids: Ids::from(&identity), inputs: Inputs::Fuse, network: Network::None };
+        let view = || View::mount(store.clone(), &at, identity.inputs_owner(), threads);
+        // Opened whether they are used or not: the last worker may have used them, and left some in a crash.
+        let copies = Copies::open(store.clone(), &state.copies(), identity.copies_owner())?;
+        let inputs = Inputs::choose(settings.isolation.inputs, view, copies)?;
+        let strength =
+            Strength { ids: Ids::from(&identity), inputs: inputs.strength(), network: Network::None };
+        let scratch = state.builds();
         let builder =
-            Builder::new(settings, identity, strength, spawner, store.clone(), view, &state.builds())?;
-        Ok(Worker { store, builder, _state: state, _claim: claim })
+            Builder::new(settings, identity, strength, spawner, cgroups, store.clone(), inputs, &scratch)?;
+        Ok(Worker { store, builder, limits, _state: state, _claim: claim })
     }
 }
 
@@ -248,6 +275,11 @@ impl StateDir {
     /// Where the directories of builds lie.
     fn builds(&self) -> PathBuf {
         self.path.join("builds")
+    }
+
+    /// Where inputs are copied to.
+    fn copies(&self) -> PathBuf {
+        self.path.join("copies")
     }
 
     /// Where the view is mounted.

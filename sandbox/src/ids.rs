@@ -114,6 +114,12 @@ impl Identity {
         }
     }
 
+    /// The owner of inputs that are files on disk, where no id can be one that is mapped nowhere: the root of every
+    /// build, or where it has none, itself.
+    pub fn copies_owner(&self) -> Owner {
+        self.root_owner()
+    }
+
     /// The owner of a directory that a build's inputs are laid over: its root, or where it has none, itself.
     pub fn root_owner(&self) -> Owner {
         match self {

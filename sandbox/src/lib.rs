@@ -17,17 +17,23 @@
 
 #![cfg(target_os = "linux")]
 
+pub mod cgroup;
 mod child;
 pub mod ids;
+pub mod landlock;
+pub mod measure;
 pub mod plan;
 mod report;
 mod sabotage;
 pub mod scratch;
+pub mod seccomp;
 mod sources;
 mod spawner;
 mod sys;
 
 pub use ids::{IdMap, Identity, Owner};
-pub use plan::{Access, Command, Entry, Layer, Mount, MountPoint, Network, Plan};
+pub use plan::{
+    Access, Command, Entry, Landlock, Layer, Limits, Mount, MountPoint, Network, Plan, TmpfsSize,
+};
 pub use report::{ExitStatus, Report, SetupFailure, Step};
 pub use spawner::{Leftovers, Sandbox, SpawnError, Spawner, Stdio, serve_if_spawner};

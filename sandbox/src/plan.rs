@@ -7,7 +7,9 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::cgroup::Controller;
 use crate::ids::IdMap;
+use crate::seccomp;
 
 /// All that the child needs to know.
 #[derive(Debug, Serialize, Deserialize)]
@@ -22,6 +24,14 @@ pub struct Plan {
     pub mounts: Vec<MountPoint>,
     /// Whose network the command sees.
     pub network: Network,
+    /// Which system calls the command is refused. `None`: only what the kernel itself refuses it.
+    pub seccomp: Option<seccomp::Profile>,
+    /// What more of the outside is kept from the command than namespaces do.
+    pub landlock: Landlock,
+    /// The cgroup that its processes are started in, absolute; `None`: that of the spawner.
+    pub cgroup: Option<PathBuf>,
+    /// What it may use.
+    pub limits: Limits,
     /// The command.
     pub command: Command,
 }
@@ -114,9 +124,37 @@ pub enum Mount {
     Tmpfs {
         /// Permission bits of its root.
         mode: u32,
-        /// Size limit as tmpfs takes it: a number of bytes, or a share of memory such as `50%`.
-        size: String,
+        /// How much fits.
+        size: TmpfsSize,
     },
+}
+
+/// How much fits into a tmpfs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TmpfsSize {
+    /// Bytes of all files together.
+    pub bytes: u64,
+    /// Files, directories and links.
+    pub inodes: u64,
+}
+
+/// What a build may use; `None`: as much as the program itself. What its cgroup can't count, resource limits do, as far
+/// as they go (`setrlimit(2)`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// What its cgroup counts.
+    pub controllers: Vec<Controller>,
+    /// Bytes of memory: of all together where the cgroup counts it, else of each process's heap and what else it has
+    /// mapped for itself to write to, touched or not; neither of files that are mapped nor of shared memory.
+    pub memory: Option<u64>,
+    /// Bytes of swap beside that, where a cgroup limits it.
+    pub swap: Option<u64>,
+    /// Processes and threads, two of which are the sandbox's own and the command.
+    pub processes: Option<u64>,
+    /// The build's share of processors that are short, 100 being usual, where a cgroup deals them out.
+    pub cpu_weight: Option<u16>,
+    /// Bytes of each file.
+    pub file_size: Option<u64>,
 }
 
 /// What the command may do to a mount.
@@ -135,6 +173,15 @@ pub enum Network {
     Own,
     /// The host's.
     Host,
+}
+
+/// What more of the outside is kept from the command than namespaces do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Landlock {
+    /// Nothing.
+    Off,
+    /// Abstract unix sockets and signals. The kernel must have them ([`ABI_OF_SCOPES`](crate::landlock::ABI_OF_SCOPES)).
+    Scoped,
 }
 
 /// The command and what it starts with. Byte strings hold no NUL.

@@ -97,6 +97,8 @@ pub enum Step {
     ReadPlan,
     /// `clone3(2)` with all namespaces.
     Clone,
+    /// The cgroup is opened, or made the root of a namespace.
+    Cgroup,
     /// The id maps are written.
     MapIds,
     /// A pipe to the child is made.
@@ -131,6 +133,12 @@ pub enum Step {
     Keyring,
     /// Ids and capabilities are given up.
     DropPrivileges,
+    /// User namespaces are forbidden.
+    ForbidUserNamespaces,
+    /// A Landlock domain is entered.
+    Landlock,
+    /// The system call filter is installed.
+    Seccomp,
     /// The tie to the spawner is made.
     Tie,
     /// Resource limits are set.
@@ -155,6 +163,15 @@ impl Step {
             (Step::Mount, Errno::EPERM) if object == "proc" => Some(
                 "a container that masks parts of /proc forbids a fresh one; run it with an unmasked /proc",
             ),
+            (Step::ForbidUserNamespaces, Errno::EROFS | Errno::EACCES | Errno::ENODEV) => Some(
+                "/proc/sys is read-only here or not the kernel's; run it where /proc is whole and writable",
+            ),
+            (Step::Seccomp, Errno::ENOSYS | Errno::EINVAL) => {
+                Some("the kernel has no seccomp filters: CONFIG_SECCOMP_FILTER")
+            }
+            (Step::Landlock, Errno::ENOSYS | Errno::EOPNOTSUPP | Errno::EINVAL) => {
+                Some("it takes Linux 6.12 with Landlock enabled: CONFIG_SECURITY_LANDLOCK, lsm=landlock,...")
+            }
             _ => None,
         }
     }
@@ -165,6 +182,7 @@ impl fmt::Display for Step {
         f.write_str(match self {
             Step::ReadPlan => "read the plan of the sandbox",
             Step::Clone => "make namespaces",
+            Step::Cgroup => "enter the cgroup",
             Step::MapIds => "write the id map",
             Step::Pipe => "make a pipe",
             Step::Streams => "put the standard streams in place",
@@ -182,6 +200,9 @@ impl fmt::Display for Step {
             Step::HostName => "set the host name",
             Step::Keyring => "join a keyring of its own",
             Step::DropPrivileges => "give up privileges",
+            Step::ForbidUserNamespaces => "forbid user namespaces",
+            Step::Landlock => "keep the host's abstract sockets and processes out of reach (Landlock)",
+            Step::Seccomp => "install the system call filter",
             Step::Tie => "tie the sandbox to its spawner",
             Step::Limits => "set resource limits",
             Step::Fork => "fork the build process",

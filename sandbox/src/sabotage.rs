@@ -30,6 +30,10 @@ pub enum Layer {
     Descriptors,
     /// A session of the build's own.
     Session,
+    /// The system call filter, and what else its profile forbids.
+    Seccomp,
+    /// The Landlock domain.
+    Landlock,
     /// Resource limits.
     Limits,
     /// `nosuid` and `nodev`.
@@ -62,6 +66,8 @@ mod switch {
                 Layer::Keyring => "keyring",
                 Layer::Descriptors => "descriptors",
                 Layer::Session => "session",
+                Layer::Seccomp => "seccomp",
+                Layer::Landlock => "landlock",
                 Layer::Limits => "limits",
                 Layer::MountFlags => "mount-flags",
                 Layer::Signals => "signals",

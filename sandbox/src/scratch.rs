@@ -1,8 +1,11 @@
 //! Removing what builds leave behind: any tree, however deep and whatever its modes, by descriptor.
 
 use std::ffi::{CStr, CString};
+use std::fs::DirBuilder;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
 
 use nix::dir::Dir;
 use nix::errno::Errno;
@@ -28,6 +31,23 @@ pub fn remove_tree(dir: BorrowedFd<'_>, name: &CStr) -> io::Result<()> {
         Ok(()) | Err(Errno::ENOENT) => Ok(()),
         Err(errno) => Err(emptied.err().unwrap_or(errno).into()),
     }
+}
+
+/// Opens the directory at `path`, which is made with mode 0700 if it isn't there and emptied if it is. A symbolic link
+/// in its place is refused.
+///
+/// # Errors
+/// The first refusal, with what was refused, as a verb.
+pub fn open_emptied(path: &Path) -> Result<OwnedFd, (&'static str, io::Error)> {
+    match DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(("make", error)),
+        _ => {}
+    }
+    // Not through a link: everything in there is about to be removed.
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let dir = nix::fcntl::open(path, flags, Mode::empty()).map_err(|errno| ("open", errno.into()))?;
+    remove_contents(dir.as_fd()).map_err(|error| ("sweep", error))?;
+    Ok(dir)
 }
 
 /// Removes everything in `dir`, but not `dir` itself.

@@ -22,7 +22,9 @@ use std::process::{Child, Command};
 
 use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, MsgFlags, Shutdown, SockFlag, SockType, sendmsg, shutdown, socketpair,
+};
 use nix::sys::stat::{fstat, stat};
 use serde::{Deserialize, Serialize};
 
@@ -52,8 +54,12 @@ pub struct Spawner {
 impl Drop for Spawner {
     /// Waits until the spawner has killed and removed everything.
     fn drop(&mut self) {
-        self.socket = None;
+        // Half of it stays open: that tells the spawner that the program waits for it, and has not been killed.
+        if let Some(socket) = &self.socket {
+            let _ = shutdown(socket.as_raw_fd(), Shutdown::Write);
+        }
         let _ = self.process.wait();
+        self.socket = None;
     }
 }
 
@@ -64,6 +70,8 @@ pub struct Leftovers {
     pub mounts: Vec<PathBuf>,
     /// Files and trees.
     pub trees: Vec<PathBuf>,
+    /// Cgroups.
+    pub cgroups: Option<crate::cgroup::Remains>,
 }
 
 /// Where a build's output goes.

@@ -2,6 +2,7 @@
 
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::path::Path;
 
 use libc::{c_int, c_long, c_uint, c_void};
 use nix::errno::Errno;
@@ -28,17 +29,23 @@ pub enum Cloned {
     },
 }
 
-/// `clone3(2)` in the manner of `fork`, with `CLONE_PIDFD` and new namespaces.
+/// `clone3(2)` in the manner of `fork`, with `CLONE_PIDFD` and new namespaces, into the cgroup whose directory is given.
 ///
 /// # Safety
 /// The calling process must be single-threaded, so that the child's copy of the memory is consistent.
-pub unsafe fn clone_process(namespaces: c_int) -> Result<Cloned, Errno> {
+pub unsafe fn clone_process(namespaces: c_int, cgroup: Option<BorrowedFd<'_>>) -> Result<Cloned, Errno> {
+    // As linux/sched.h has it; libc's constant is cut off.
+    const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
     let mut pidfd: RawFd = -1;
     // SAFETY: all-zero is a valid value of this struct of integers.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
     args.flags = namespaces as u64 | libc::CLONE_PIDFD as u64;
     args.pidfd = (&raw mut pidfd) as u64;
     args.exit_signal = libc::SIGCHLD as u64;
+    if let Some(cgroup) = cgroup {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = cgroup.as_raw_fd() as u64;
+    }
     // SAFETY: `args` and `pidfd` live across the call; no stack is given, so the child goes on with a copy
     // of this one, as after fork; the caller upholds that there is one thread.
     let answer = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of_val(&args)) };
@@ -69,6 +76,17 @@ pub fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: c_int) -> Result<(), Err
         libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, std::ptr::null::<c_void>(), 0)
     };
     Errno::result(answer).map(drop)
+}
+
+/// Whether an extended attribute of the file at `path` is there and has this value.
+pub fn has_attribute(path: &Path, name: &CStr, value: &[u8]) -> bool {
+    use std::os::unix::ffi::OsStrExt;
+    let Ok(path) = CString::new(path.as_os_str().as_bytes()) else { return false };
+    let mut buffer = [0_u8; 16];
+    // SAFETY: both names are C strings, and pointer and length those of the buffer; all live across the call.
+    let answer =
+        unsafe { libc::getxattr(path.as_ptr(), name.as_ptr(), buffer.as_mut_ptr().cast(), buffer.len()) };
+    usize::try_from(answer).is_ok_and(|length| buffer.get(..length) == Some(value))
 }
 
 /// Marks every descriptor from `first` to `last` close-on-exec, or closes it.
@@ -276,4 +294,58 @@ pub fn adopt(fd: RawFd) -> Result<std::fs::File, Errno> {
     Errno::result(unsafe { libc::fcntl(fd, libc::F_GETFD) })?;
     // SAFETY: it is open, and was placed under this number for the caller alone.
     Ok(unsafe { std::fs::File::from_raw_fd(fd) })
+}
+
+/// Whether a seccomp filter may answer with this action. `EOPNOTSUPP`: it may not.
+pub fn seccomp_action_available(action: u32) -> Result<(), Errno> {
+    // SAFETY: the operation reads one integer, which lives across the call.
+    let answer =
+        unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_GET_ACTION_AVAIL, 0, &raw const action) };
+    Errno::result(answer).map(drop)
+}
+
+/// Runs this program before every system call of this process from now on (`seccomp(2)`).
+pub fn install_seccomp_filter(program: &[libc::sock_filter]) -> Result<(), Errno> {
+    let len = u16::try_from(program.len()).map_err(|_| Errno::EINVAL)?;
+    let program = libc::sock_fprog { len, filter: program.as_ptr().cast_mut() };
+    // SAFETY: pointer and length are those of a live slice, which the kernel copies and does not write to.
+    let answer =
+        unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program) };
+    Errno::result(answer).map(drop)
+}
+
+/// The argument of `landlock_create_ruleset(2)`, as of ABI 6.
+#[repr(C)]
+struct LandlockRuleset {
+    handled_access_fs: u64,
+    handled_access_net: u64,
+    scoped: u64,
+}
+
+/// The version of Landlock. `ENOSYS`, `EOPNOTSUPP`: there is none, or it is turned off.
+pub fn landlock_abi() -> Result<u32, Errno> {
+    const LANDLOCK_CREATE_RULESET_VERSION: c_uint = 1;
+    // SAFETY: with this flag the call takes no argument and makes nothing.
+    let answer = unsafe {
+        libc::syscall(
+            libc::SYS_landlock_create_ruleset,
+            std::ptr::null::<c_void>(),
+            0_usize,
+            LANDLOCK_CREATE_RULESET_VERSION,
+        )
+    };
+    Errno::result(answer).map(|version| version as u32)
+}
+
+/// Puts this process into a Landlock domain of its own with these scopes (`LANDLOCK_SCOPE_*`), which handles no access
+/// to files or networks.
+pub fn landlock_scope(scoped: u64) -> Result<(), Errno> {
+    let ruleset = LandlockRuleset { handled_access_fs: 0, handled_access_net: 0, scoped };
+    // SAFETY: the struct lives across the call and its size is given.
+    let ruleset = owned(unsafe {
+        libc::syscall(libc::SYS_landlock_create_ruleset, &raw const ruleset, size_of_val(&ruleset), 0)
+    })?;
+    // SAFETY: plain integers.
+    let answer = unsafe { libc::syscall(libc::SYS_landlock_restrict_self, ruleset.as_raw_fd(), 0) };
+    Errno::result(answer).map(drop)
 }

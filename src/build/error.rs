@@ -15,6 +15,8 @@ use super::request::{InvalidRequest, SandboxPath};
 use crate::castore::closure::{Finding, Problem};
 use crate::castore::ingest::TreeFault;
 use crate::castore::node::printable;
+use crate::inputs::ShowError;
+use crate::size::Size;
 
 /// Why a build got no terminal event: the request's fault, the worker's, or the client's wish.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +39,15 @@ pub enum Fault {
     /// The client has gone, or took the request back.
     #[error("the build was cancelled")]
     Cancelled,
+}
+
+impl From<ShowError> for Fault {
+    fn from(error: ShowError) -> Self {
+        match error {
+            ShowError::Cancelled => Self::Cancelled,
+            error => WorkerError::new(WorkerPart::View, error).into(),
+        }
+    }
 }
 
 impl From<LogError> for Fault {
@@ -248,6 +259,13 @@ pub struct Failure {
     pub exit_code: Option<i32>,
 }
 
+impl Failure {
+    /// Whether the message says no more than the exit code.
+    pub fn is_plain_exit(&self) -> bool {
+        self.exit_code.is_some_and(|code| self.message == Cause::Exited { code }.to_string())
+    }
+}
+
 impl From<Cause> for Failure {
     fn from(cause: Cause) -> Self {
         Self { message: cause.to_string(), exit_code: cause.exit_code() }
@@ -286,6 +304,32 @@ pub enum Cause {
     /// An output holds something that the castore has no form for.
     #[error("an output can't be stored: {0}")]
     UnstorableOutput(TreeFault),
+    /// It was killed because there was no more memory.
+    #[error("out of memory: {}", memory_limit(*limit))]
+    OutOfMemory {
+        /// Bytes that the build may have, if that is limited.
+        limit: Option<u64>,
+    },
+    /// Its files take more of the disk than they may.
+    #[error("limit reached: the build's files take more than {limit} on disk (--max-scratch)")]
+    ScratchFull {
+        /// What they may take.
+        limit: Size,
+    },
+    /// It has more files than it may.
+    #[error("limit reached: the build has more than {limit} files and directories (a part of --max-scratch)")]
+    TooManyFiles {
+        /// How many it may have.
+        limit: u64,
+    },
+    /// It ended in another way, for which a limit may be the reason.
+    #[error("{end}, and had reached {limit}")]
+    AtLimit {
+        /// How it ended.
+        end: Box<Cause>,
+        /// What it had reached.
+        limit: LimitReached,
+    },
     /// Something that the request places in the sandbox has no place there.
     #[error("the sandbox can't be laid out as requested: {0}")]
     Layout(SetupFailure),
@@ -299,8 +343,33 @@ impl Cause {
             Self::Signalled { signal, .. } => Some(128_i32.saturating_add(*signal)),
             Self::NotExecutable { source, .. } if source.kind() == io::ErrorKind::NotFound => Some(127),
             Self::NotExecutable { .. } => Some(126),
-            Self::MissingOutputs { .. } | Self::UnstorableOutput(_) | Self::Layout(_) => None,
+            // By a signal of the kernel's.
+            Self::OutOfMemory { .. } => Some(128 + Signal::SIGKILL as i32),
+            Self::AtLimit { end, .. } => end.exit_code(),
+            Self::MissingOutputs { .. }
+            | Self::UnstorableOutput(_)
+            | Self::ScratchFull { .. }
+            | Self::TooManyFiles { .. }
+            | Self::Layout(_) => None,
         }
+    }
+}
+
+/// A limit that a build was held to. Programs tell of it in their own ways, or not at all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LimitReached {
+    /// No more processes were to be had.
+    #[error("its limit of {0} processes (--max-processes)")]
+    Processes(u64),
+    /// A file could not become longer.
+    #[error("its limit of {} for a file (--max-scratch)", Size(*.0))]
+    FileSize(u64),
+}
+
+fn memory_limit(limit: Option<u64>) -> String {
+    match limit {
+        Some(bytes) => format!("limit {} (--max-memory)", Size(bytes)),
+        None => "this worker, or its cgroup, had none left".into(),
     }
 }
 
@@ -355,6 +424,43 @@ mod tests {
         let cases = [
             (Cause::Exited { code: 3 }, "the command exited with code 3", Some(3)),
             (Cause::Signalled { signal: 11 }, "the command was ended by signal 11 (SIGSEGV)", Some(139)),
+            (
+                Cause::OutOfMemory { limit: Some(1 << 30) },
+                "out of memory: limit 1073741824 bytes (1 GiB) (--max-memory)",
+                Some(137),
+            ),
+            (
+                Cause::OutOfMemory { limit: None },
+                "out of memory: this worker, or its cgroup, had none left",
+                Some(137),
+            ),
+            (
+                Cause::AtLimit {
+                    end: Box::new(Cause::Signalled { signal: 25 }),
+                    limit: LimitReached::FileSize(5000),
+                },
+                "the command was ended by signal 25 (SIGXFSZ), and had reached its limit of 5000 bytes for a file \
+                 (--max-scratch)",
+                Some(153),
+            ),
+            (
+                Cause::AtLimit {
+                    end: Box::new(Cause::Exited { code: 2 }),
+                    limit: LimitReached::Processes(64),
+                },
+                "the command exited with code 2, and had reached its limit of 64 processes (--max-processes)",
+                Some(2),
+            ),
+            (
+                Cause::ScratchFull { limit: Size(1 << 20) },
+                "limit reached: the build's files take more than 1048576 bytes (1 MiB) on disk (--max-scratch)",
+                None,
+            ),
+            (
+                Cause::TooManyFiles { limit: 9 },
+                "limit reached: the build has more than 9 files and directories",
+                None,
+            ),
             (Cause::Signalled { signal: 40 }, "the command was ended by signal 40", Some(168)),
             (
                 not_executable(libc::ENOENT),
@@ -392,6 +498,7 @@ mod tests {
             let failure = Failure::from(cause);
             assert!(failure.message.starts_with(message), "{}\n  not {message}", failure.message);
             assert_eq!(failure.exit_code, exit_code, "{message}");
+            assert_eq!(failure.is_plain_exit(), message == "the command exited with code 3", "{message}");
         }
     }
 

@@ -10,6 +10,7 @@
 pub mod admission;
 pub mod error;
 pub mod events;
+mod limits;
 pub mod logs;
 mod offer;
 mod outputs;
@@ -24,25 +25,27 @@ mod roundtrip;
 use std::future::Future;
 use std::io::Read;
 use std::path::PathBuf;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use cofferdam_sandbox::{Identity, Report, SpawnError, Spawner};
+use cofferdam_sandbox::cgroup::{BuildCgroup, Cgroups};
+use cofferdam_sandbox::{ExitStatus, Identity, Report, SpawnError, Spawner, landlock, seccomp};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::castore::Store;
 use crate::castore::closure::Closure;
 use crate::config::Settings;
+use crate::inputs::{Inputs, ShowError, Shown};
 use crate::isolation::{self, Strength};
 use crate::refscan::Patterns;
-use crate::view::{Exposed, View};
 
 use admission::{Slot, Slots};
 use error::{Cause, Fault, WorkerError, WorkerPart};
 use events::{Event, Output};
+use limits::{Budget, Disk, Reached, Watch};
 use offer::Offer;
 use outputs::{Intake, IntakeError};
 use plan::{Layout, Site};
@@ -72,12 +75,16 @@ struct Means {
     /// What sandboxes are made of, but for the network, which each build chooses.
     strength: Strength,
     // Before the spawner, which waits for its sandboxes: they may be waiting for the view.
-    view: View,
+    inputs: Inputs,
     spawner: Spawner,
     store: Store,
     closure: Closure,
     scratch: ScratchRoot,
     slots: Slots,
+    // After the spawner: builds must have left before it is removed.
+    cgroups: Option<Cgroups>,
+    budget: Budget,
+    disk: Arc<Disk>,
     broken: watch::Sender<bool>,
 }
 
@@ -130,23 +137,30 @@ impl Builder {
         identity: Identity,
         strength: Strength,
         spawner: Spawner,
+        cgroups: Option<Cgroups>,
         store: Store,
-        view: View,
+        inputs: Inputs,
         scratch: &std::path::Path,
     ) -> Result<Self, ScratchError> {
+        let path = scratch;
         let slots = Slots::new(settings.max_builds, settings.max_waiting);
         let scratch = ScratchRoot::open(scratch)?;
         let closure = Closure::new();
+        let budget = Budget::new(&settings.limits, settings.max_builds, cgroups.as_ref());
+        let disk = Arc::new(Disk::new(scratch.dir(), path.into(), settings.limits.floor));
         Ok(Self(Arc::new(Means {
             settings,
             identity,
             strength,
             spawner,
             store,
-            view,
+            inputs,
             closure,
             scratch,
             slots,
+            cgroups,
+            budget,
+            disk,
             broken: watch::Sender::new(false),
         })))
     }
@@ -251,17 +265,35 @@ struct Running {
 struct Held {
     cancel: Cancel,
     sandbox: sandbox::Running,
-    exposed: Option<Exposed>,
+    shown: Option<Shown>,
+    cgroup: Option<BuildCgroup>,
     scratch: Arc<Scratch>,
+}
+
+/// A build that was set up, and started in a sandbox.
+struct SetUp {
+    sandbox: sandbox::Running,
+    pipes: sandbox::Pipes,
+    shown: Option<Shown>,
+    cgroup: Option<BuildCgroup>,
+    scratch: Scratch,
+    /// Where each output will be found.
+    outputs: Vec<PathBuf>,
 }
 
 /// Tells work in other threads to stop, at the latest when it is dropped.
 #[derive(Default)]
 struct Cancel(Arc<AtomicBool>);
 
+impl Cancel {
+    fn cancel(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 impl Drop for Cancel {
     fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
+        self.cancel();
     }
 }
 
@@ -269,13 +301,25 @@ impl Held {
     /// Gives everything back, in the order that dependence demands.
     async fn release(self) {
         drop(self.cancel);
+        let cgroup = self.cgroup;
+        if let Some(cgroup) = &cgroup {
+            // All at once, where the end of its first process would be told to one after the other.
+            cgroup.kill();
+        }
         if tokio::time::timeout(END_PATIENCE, self.sandbox.end()).await.is_err() {
             // A read that the view does not answer can't be killed; without the view it ends.
             tracing::error!("a sandbox does not end although it was killed");
         }
-        drop(self.exposed);
         // The last holder removes the directory; a thread that still reads outputs may be that one.
-        if blocking(move || drop(self.scratch)).await.is_err() {
+        let (shown, scratch) = (self.shown, self.scratch);
+        let remove = move || {
+            drop(shown);
+            if let Some(Err(error)) = cgroup.map(BuildCgroup::remove) {
+                tracing::warn!(%error, "a cgroup is left; the end of this program, or the next start, removes it");
+            }
+            drop(scratch);
+        };
+        if blocking(remove).await.is_err() {
             tracing::warn!("removing scratch ended early; the next start sweeps it");
         }
     }
@@ -297,7 +341,7 @@ impl Running {
     async fn run(self: Arc<Self>, tell_end: oneshot::Sender<Result<(), Fault>>, events: mpsc::Sender<Event>) {
         // Dropped with the last event, so that the stream ends while the rest is given back.
         let _ = events.send(Event::Started { build_id: self.id.clone() }).await;
-        let (held, ended) = match self.prepare().await {
+        let (held, ended) = match self.prepare(&events).await {
             Ok((mut held, pipes, places)) => {
                 let ended = tokio::select! {
                     ended = self.stages(&mut held, pipes, places, &events) => ended,
@@ -327,23 +371,40 @@ impl Running {
         }
     }
 
-    /// Everything up to the start of the command, in a thread where it may block.
-    async fn prepare(self: &Arc<Self>) -> Result<(Held, sandbox::Pipes, Vec<PathBuf>), Fault> {
-        let running = Arc::clone(self);
-        blocking(move || {
-            let Running { lease, request, id, .. } = &*running;
-            let exposed = running.expose()?;
-            let site = running.site(exposed.as_ref());
-            let Layout { plan, on_disk, outputs } = plan::lay_out(request, site);
-            let scratch = lease
-                .scratch
-                .create(id, &on_disk, &lease.identity, lease.slot_number())
-                .map_err(|error| WorkerError::new(WorkerPart::Scratch, error))?;
-            let (sandbox, pipes) = sandbox::Running::start(&lease.spawner, &plan)?;
-            let held = Held { cancel: Cancel::default(), sandbox, exposed, scratch: Arc::new(scratch) };
-            Ok((held, pipes, outputs))
-        })
-        .await?
+    /// Everything up to the start of the command, in a thread where it may block. Where inputs are copied it may
+    /// take long: it is cut short if the client goes.
+    async fn prepare(
+        self: &Arc<Self>,
+        events: &mpsc::Sender<Event>,
+    ) -> Result<(Held, sandbox::Pipes, Vec<PathBuf>), Fault> {
+        let (running, cancel) = (Arc::clone(self), Cancel::default());
+        let cancelled = Arc::clone(&cancel.0);
+        let mut prepared = pin!(blocking(move || running.set_up(&cancelled)));
+        let prepared = tokio::select! {
+            prepared = &mut prepared => prepared,
+            () = events.closed() => {
+                cancel.cancel();
+                prepared.await
+            }
+        };
+        let SetUp { sandbox, pipes, shown, cgroup, scratch, outputs } = prepared??;
+        Ok((Held { cancel, sandbox, shown, cgroup, scratch: Arc::new(scratch) }, pipes, outputs))
+    }
+
+    /// What [`Running::prepare`] does there.
+    fn set_up(&self, cancelled: &AtomicBool) -> Result<SetUp, Fault> {
+        let Running { lease, request, id, .. } = self;
+        let shown = self.show(cancelled)?;
+        let cgroup = lease.cgroups.as_ref().map(|all| all.create(id, &lease.budget.limits)).transpose();
+        let cgroup = cgroup.map_err(|error| WorkerError::new(WorkerPart::Sandbox, error))?;
+        let site = self.site(shown.as_ref(), cgroup.as_ref());
+        let Layout { plan, on_disk, outputs } = plan::lay_out(request, site);
+        let scratch = lease
+            .scratch
+            .create(id, &on_disk, &lease.identity, lease.slot_number())
+            .map_err(|error| WorkerError::new(WorkerPart::Scratch, error))?;
+        let (sandbox, pipes) = sandbox::Running::start(&lease.spawner, &plan)?;
+        Ok(SetUp { sandbox, pipes, shown, cgroup, scratch, outputs })
     }
 
     /// All the rest of a build's way.
@@ -354,21 +415,38 @@ impl Running {
         places: Vec<PathBuf>,
         events: &mpsc::Sender<Event>,
     ) -> Result<Vec<Output>, Stop> {
-        let report = follow(&mut held.sandbox, pipes, held.exposed.as_ref(), events).await?;
-        sandbox::judge(report, &self.request)?;
+        let watch = self.lease.disk.watch(held.scratch.dir(), self.lease.budget.scratch);
+        let report = follow(&mut held.sandbox, pipes, held.shown.as_ref(), &watch, events).await?;
+        drop(watch);
+        let reached = self.reached(&report, held).await?;
+        sandbox::judge(report, &self.request, &reached)?;
         self.take_in(places, held, events.clone()).await
     }
 
-    /// Shows the inputs in the view, if there are any.
-    fn expose(&self) -> Result<Option<Exposed>, WorkerError> {
+    /// Shows the inputs, if there are any.
+    fn show(&self, cancelled: &AtomicBool) -> Result<Option<Shown>, ShowError> {
         if self.request.inputs.is_empty() {
             return Ok(None);
         }
-        let exposed = self.lease.view.expose(&self.id, self.request.inputs.clone());
-        exposed.map(Some).map_err(|error| WorkerError::new(WorkerPart::View, error))
+        self.lease.inputs.show(&self.id, &self.request.inputs, cancelled).map(Some)
     }
 
-    fn site(&self, exposed: Option<&Exposed>) -> Site {
+    /// The limits that the end of the build has to do with.
+    async fn reached(&self, report: &Report, held: &Held) -> Result<Reached, Fault> {
+        let readings = held.cgroup.as_ref().map(BuildCgroup::readings).unwrap_or_default();
+        tracing::debug!(build = %self.id, ?readings, "ended");
+        let budget = &self.lease.budget;
+        let longest_file = match (report, budget.limits.file_size) {
+            (Report::Ended(ExitStatus::Code(0)), _) | (_, None) => 0,
+            _ => {
+                let (dir, cancel) = (held.scratch.dir(), Arc::clone(&held.cancel.0));
+                blocking(move || limits::longest_file(&dir, &cancel)).await?
+            }
+        };
+        Ok(budget.reached(report, &readings, longest_file))
+    }
+
+    fn site(&self, shown: Option<&Shown>, cgroup: Option<&BuildCgroup>) -> Site {
         let network_files = match self.request.constraints.network {
             Network::None => Vec::new(),
             // A host without one of them gives its builds none either.
@@ -379,11 +457,16 @@ impl Running {
         };
         Site {
             build_dir: self.lease.scratch.path_of(&self.id),
-            inputs: exposed.map(|exposed| exposed.path().into()),
+            inputs: shown.map(|shown| shown.path().into()),
             ids: self.lease.identity.map(self.lease.slot_number()),
+            cgroup: cgroup.map(|cgroup| cgroup.inner().into()),
+            limits: self.lease.budget.limits.clone(),
+            shm: self.lease.budget.shm,
             host_paths: self.offer.host_paths.clone(),
             shell: self.lease.settings.shell.clone(),
             network_files,
+            seccomp: Some(seccomp::Profile::Parity),
+            landlock: landlock::offered(),
         }
     }
 
@@ -418,9 +501,10 @@ impl Running {
 async fn follow(
     sandbox: &mut sandbox::Running,
     pipes: sandbox::Pipes,
-    exposed: Option<&Exposed>,
+    shown: Option<&Shown>,
+    watch: &Watch,
     events: &mpsc::Sender<Event>,
-) -> Result<Report, Fault> {
+) -> Result<Report, Stop> {
     let (tell_dead, dead) = oneshot::channel();
     let report = async {
         let report = sandbox.report().await?;
@@ -434,18 +518,19 @@ async fn follow(
         Ok(logs::pump(pipes.stdout, pipes.stderr, dead, events.clone()).await?)
     };
     let faulted = async {
-        match exposed {
-            Some(exposed) => exposed.faulted().await,
+        match shown {
+            Some(shown) => shown.faulted().await,
             None => std::future::pending().await,
         }
     };
     let view_failed = |fault| WorkerError::new(WorkerPart::View, fault).into();
     let (report, ()) = tokio::select! {
         fault = faulted => return Err(view_failed(fault)),
+        excess = watch.excess() => return Err(excess),
         ended = async { tokio::try_join!(report, logs) } => ended?,
     };
     // It may have come with the very last read. A build that met a fault is not to be judged.
-    match exposed.and_then(Exposed::fault) {
+    match shown.and_then(Shown::fault) {
         Some(fault) => Err(view_failed(fault)),
         None => Ok(report),
     }

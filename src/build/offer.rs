@@ -25,9 +25,9 @@ impl Means {
             return Err(Unsupported::System { wanted: wanted.clone(), offered });
         }
         // A machine that can't tell its memory is given the benefit of the doubt.
-        if let Ok(offered) = sysinfo().map(|info| info.ram_total())
-            && needs.min_memory > offered
-        {
+        let ram = sysinfo().map_or(u64::MAX, |info| info.ram_total());
+        let offered = ram.min(self.budget.limits.memory.unwrap_or(ram));
+        if needs.min_memory > offered {
             return Err(Unsupported::Memory { wanted: needs.min_memory, offered });
         }
         let host_paths = needs.ro_paths.iter().map(|path| match self.settings.resolve_host_path(path) {

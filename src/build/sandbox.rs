@@ -8,6 +8,7 @@ use tokio::net::unix::pipe::Receiver;
 
 use super::Stop;
 use super::error::{Cause, Fault, WorkerError, WorkerPart};
+use super::limits::Reached;
 use super::request::Request;
 
 /// A sandbox that was asked for. Dropping it kills everything inside.
@@ -75,9 +76,13 @@ impl Running {
 ///
 /// # Errors
 /// Everything but success: by the build's fault, or by the worker's.
-pub fn judge(report: Report, request: &Request) -> Result<(), Stop> {
+pub fn judge(report: Report, request: &Request, reached: &Reached) -> Result<(), Stop> {
     let cause = match report {
         Report::Ended(ExitStatus::Code(0)) => return Ok(()),
+        // Its first process is killed with all others, but may get to say how the command ended.
+        Report::Ended(_) | Report::Killed if let Some(limit) = reached.out_of_memory => {
+            Cause::OutOfMemory { limit }
+        }
         Report::Ended(ExitStatus::Code(code)) => Cause::Exited { code },
         Report::Ended(ExitStatus::Signal(signal)) => Cause::Signalled { signal },
         Report::NotExecuted { errno } => Cause::NotExecutable {
@@ -93,7 +98,13 @@ pub fn judge(report: Report, request: &Request) -> Result<(), Stop> {
             return Err(Fault::from(WorkerError::new(WorkerPart::Sandbox, killed)).into());
         }
     };
-    Err(Stop::Failed(cause))
+    Err(Stop::Failed(match (cause, reached.other) {
+        (
+            end @ (Cause::Exited { .. } | Cause::Signalled { .. } | Cause::NotExecutable { .. }),
+            Some(limit),
+        ) => Cause::AtLimit { end: Box::new(end), limit },
+        (cause, _) => cause,
+    }))
 }
 
 /// Whether a sandbox can't be set up because what is requested collides: a file where a directory is needed,

@@ -1,15 +1,15 @@
 //! A build's directory on disk: made to its layout, opened for its outputs, removed with all it holds.
 
 use std::ffi::{CString, OsStr};
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-use cofferdam_sandbox::{Identity, Owner, scratch::remove_tree};
+use cofferdam_sandbox::scratch::{open_emptied, remove_tree};
+use cofferdam_sandbox::{Identity, Owner};
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat};
 use nix::sys::stat::{Mode, fchmod, mkdirat};
@@ -55,17 +55,14 @@ impl ScratchRoot {
     /// # Errors
     /// Where it can't be made, opened or emptied.
     pub fn open(path: &Path) -> Result<Self, ScratchError> {
-        let io = |act| move |source| ScratchError { act, path: path.into(), source };
-        match DirBuilder::new().mode(0o700).create(path) {
-            Err(source) if source.kind() != io::ErrorKind::AlreadyExists => return Err(io("make")(source)),
-            _ => {}
-        }
-        // Not through a link: everything in there is about to be removed.
-        let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW;
-        let dir = OpenOptions::new().read(true).custom_flags(flags.bits()).open(path).map_err(io("open"))?;
-        let dir = OwnedFd::from(dir);
-        cofferdam_sandbox::scratch::remove_contents(dir.as_fd()).map_err(io("sweep"))?;
+        let dir =
+            open_emptied(path).map_err(|(act, source)| ScratchError { act, path: path.into(), source })?;
         Ok(Self { dir: Arc::new(dir), path: path.into() })
+    }
+
+    /// The directory itself.
+    pub fn dir(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.dir)
     }
 
     /// Where the directory of the build called `id` is.
@@ -99,6 +96,11 @@ impl ScratchRoot {
 }
 
 impl Scratch {
+    /// The directory itself.
+    pub fn dir(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.dir)
+    }
+
     /// Opens the directory that holds `path`; `None` where it isn't there. Symbolic links are not followed: the
     /// build may have put them anywhere.
     ///

@@ -36,4 +36,8 @@ impl Blob for FileBlob {
         }
         Ok(filled)
     }
+
+    fn as_file(&self) -> Option<&File> {
+        Some(&self.file)
+    }
 }

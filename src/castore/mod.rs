@@ -8,6 +8,7 @@ mod file_blob;
 mod fixtures;
 pub mod ingest;
 pub mod local;
+pub mod look;
 pub mod memory;
 pub mod node;
 pub mod remote;

@@ -3,6 +3,7 @@
 //! Calls block: whoever reads a store in bulk (the view, ingest, export) works in threads of its own,
 //! and the gRPC services move each call off their executor.
 
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
@@ -48,6 +49,11 @@ pub trait Blob: Send + Sync {
     /// # Errors
     /// Where the store can't give them.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
+
+    /// The file that is all of the blob, where there is one: copies of it may then share its blocks.
+    fn as_file(&self) -> Option<&File> {
+        None
+    }
 }
 
 /// A blob in the making.

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::vec;
@@ -18,8 +19,9 @@ use nix::unistd::symlinkat;
 
 use super::cursor::Cursor;
 use super::ingest::MAX_DEPTH;
+use super::look::{self, Look};
 use super::node::{Digest, Directory, Name, Node, NodeError};
-use super::traits::{Store, StoreError};
+use super::traits::{Blob, Store, StoreError};
 
 #[cfg(test)]
 mod tests;
@@ -29,19 +31,20 @@ const BUFFER_BYTES: usize = 256 * 1024;
 
 /// Lays `node` out as the new entry `name` of `dir`.
 ///
-/// Files get mode 0644 or 0755 and directories 0755, less the umask. Nothing that exists is overwritten or
-/// followed, and contents are checked against their digest. What was made before a failure is removed
-/// again, as far as that is possible.
+/// It looks like [`Look::Plain`]. Nothing that exists is overwritten or followed, and contents are checked
+/// against their digest. What was made before a failure is removed again, as far as that is possible.
+///
+/// Where the store's file system can share blocks between files, nothing is copied.
 ///
 /// # Errors
 /// [`ExportError::Missing`], [`ExportError::Contents`] and [`ExportError::Size`] where the store doesn't
 /// hold what the tree says, [`ExportError::Io`] where it can't be written; among these is `EEXIST` for a
 /// `name` that is taken.
 pub fn export(store: &Store, node: &Node, dir: BorrowedFd<'_>, name: &OsStr) -> Result<(), ExportError> {
-    export_unless(store, node, dir, name, &AtomicBool::new(false))
+    export_unless(store, node, dir, name, Look::Plain, &AtomicBool::new(false))
 }
 
-/// [`export`], unless `cancel` turns true on the way.
+/// [`export`] with any `look`, unless `cancel` turns true on the way.
 ///
 /// # Errors
 /// Those of [`export`], and [`ExportError::Cancelled`].
@@ -50,11 +53,12 @@ pub fn export_unless(
     node: &Node,
     dir: BorrowedFd<'_>,
     name: &OsStr,
+    look: Look,
     cancel: &AtomicBool,
 ) -> Result<(), ExportError> {
     let name = Name::new(name.as_bytes()).map_err(|source| ExportError::Name { source })?;
     let mut export =
-        Export { store, cancel, buffer: vec![0; BUFFER_BYTES], path: Cursor::new(), made: false };
+        Export { store, look, cancel, buffer: vec![0; BUFFER_BYTES], path: Cursor::new(), made: false };
     let done = export.tree(node, dir, &name);
     if done.is_err() && export.made {
         // The first failure is the one to tell of.
@@ -66,6 +70,7 @@ pub fn export_unless(
 /// A tree on its way to the disk.
 struct Export<'a> {
     store: &'a Store,
+    look: Look,
     cancel: &'a AtomicBool,
     buffer: Vec<u8>,
     path: Cursor,
@@ -88,6 +93,9 @@ impl Export<'_> {
         let mut above = vec![self.directory(digest, dir, name)?];
         while let Some(parent) = above.last() {
             let Some((name, digest)) = parent.left.last() else {
+                // Only now: what is made in a directory changes its time.
+                let sealed = look::seal_directory(parent.fd.as_fd(), self.look);
+                sealed.map_err(|errno| self.failed("finish", errno))?;
                 above.pop();
                 if let Some(parent) = above.last_mut() {
                     parent.left.pop();
@@ -129,37 +137,48 @@ impl Export<'_> {
     }
 
     fn leaf(&mut self, node: &Node, dir: BorrowedFd<'_>, name: &Name) -> Result<(), ExportError> {
+        self.check_cancelled()?;
         match node {
             Node::Directory { .. } => Ok(()),
             Node::Symlink { target } => {
                 symlinkat(OsStr::from_bytes(target.as_bytes()), dir, name.as_os_str())
                     .map_err(|errno| self.failed("create", errno))?;
                 self.made = true;
-                Ok(())
+                look::seal_symlink(dir, name, self.look).map_err(|errno| self.failed("finish", errno))
             }
             Node::File { digest, size, executable } => {
-                let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
+                let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
                 let mode = Mode::from_bits_truncate(if *executable { 0o755 } else { 0o644 });
                 let file = openat(dir, name.as_os_str(), flags, mode)
                     .map_err(|errno| self.failed("create", errno))?;
                 self.made = true;
-                self.contents(file.into(), digest, *size)
+                let file = File::from(file);
+                self.contents(&file, digest, *size)?;
+                look::seal_file(file.as_fd(), *executable, self.look)
+                    .map_err(|errno| self.failed("finish", errno))
             }
         }
     }
 
-    fn contents(&mut self, mut file: File, digest: &Digest, stated: u64) -> Result<(), ExportError> {
+    /// Fills a new file with a blob. What it then holds is checked, not what the store was seen to hold.
+    fn contents(&mut self, mut file: &File, digest: &Digest, stated: u64) -> Result<(), ExportError> {
         let io = |act, path: &Cursor, source| ExportError::Io { act, path: path.to_string(), source };
         let blob = self.store.blobs.open(digest)?;
         let blob = blob.ok_or_else(|| missing(ObjectKind::Blob, digest, &self.path))?;
+        let shared = shares_blocks(file, &*blob);
         let mut hasher = blake3::Hasher::new();
         loop {
             self.check_cancelled()?;
-            let count = blob.read_at(&mut self.buffer, hasher.count());
+            let count = match shared {
+                true => file.read_at(&mut self.buffer, hasher.count()),
+                false => blob.read_at(&mut self.buffer, hasher.count()),
+            };
             let count = count.map_err(|error| io("read the contents of", &self.path, error))?;
             let Some(chunk) = self.buffer.get(..count).filter(|chunk| !chunk.is_empty()) else { break };
             hasher.update(chunk);
-            file.write_all(chunk).map_err(|error| io("write", &self.path, error))?;
+            if !shared {
+                file.write_all(chunk).map_err(|error| io("write", &self.path, error))?;
+            }
         }
         if Digest::from(hasher.finalize()) != *digest {
             return Err(ExportError::Contents { path: self.path.to_string(), digest: *digest });
@@ -178,6 +197,12 @@ impl Export<'_> {
     fn failed(&self, act: &'static str, errno: Errno) -> ExportError {
         ExportError::Io { act, path: self.path.to_string(), source: errno.into() }
     }
+}
+
+/// Makes `file` share the blocks of a blob, where the file system can (`FICLONE`): btrfs, XFS and some others,
+/// if both lie on the same one.
+fn shares_blocks(file: &File, blob: &dyn Blob) -> bool {
+    blob.as_file().is_some_and(|from| rustix::fs::ioctl_ficlone(file, from).is_ok())
 }
 
 /// Everything in the tree of `node`, each with its path relative to it: first `node` itself, with an empty

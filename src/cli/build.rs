@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::isolation::IsolationArgs;
+use super::limits::LimitArgs;
 use super::render::{self, End, Format};
 use super::{Failed, Signals, StateArgs, cannot, path_parser, runtime, shell, start_failed_here};
 use crate::address::Address;
 use crate::build::events::Event;
 use crate::build::request::Request;
-use crate::config::{Lifetime, Settings};
+use crate::config::{Floor, Lifetime, Settings};
 use crate::remote::RemoteBuild;
 use crate::worker::{Groundwork, Worker};
 
@@ -27,6 +28,7 @@ pub struct BuildArgs {
     request: PathBuf,
     /// Have a daemon do it: unix:PATH, HOST:PORT, grpc+unix:PATH or grpc+http://HOST:PORT
     #[arg(long, value_name = "ADDR", conflicts_with_all = ["state_dir", "allow_host_path", "sandbox_shell", "isolation"])]
+    #[arg(conflicts_with_all = LimitArgs::NAMES)]
     to: Option<Address>,
     /// Print each event as a line of JSON
     #[arg(long)]
@@ -41,6 +43,8 @@ pub struct BuildArgs {
     sandbox_shell: Option<PathBuf>,
     #[command(flatten)]
     isolation: IsolationArgs,
+    #[command(flatten)]
+    limits: LimitArgs,
 }
 
 /// Carries out the request. Yields the exit code.
@@ -57,6 +61,7 @@ pub fn run(args: BuildArgs) -> Result<u8, Failed> {
             let mut settings = Settings::new(args.state.resolve()?, Lifetime::Lasting);
             settings.max_builds = NonZeroUsize::MIN;
             settings.allowed_host_paths = args.allow_host_path;
+            settings.limits = args.limits.settings(Floor::None);
             settings.shell = args.sandbox_shell.map(shell::checked).transpose()?;
             args.isolation.apply(&mut settings);
             let ground = Groundwork::lay(settings).map_err(start_failed_here)?;

@@ -9,11 +9,12 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::isolation::IsolationArgs;
+use super::limits::LimitArgs;
 use super::{Failed, Signals, StateArgs, path_parser, remark, runtime, shell};
 use crate::address::Address;
 use crate::build::Builder;
 use crate::castore::{LocalStore, Store};
-use crate::config::{self, Lifetime, NetworkPolicy, Settings};
+use crate::config::{self, Floor, Lifetime, NetworkPolicy, Settings};
 use crate::server::Services;
 use crate::server::listen::Listener;
 use crate::worker::{Groundwork, StateDir};
@@ -50,6 +51,9 @@ pub struct DaemonArgs {
     /// Serve the store alone and refuse all builds
     #[arg(long)]
     no_builds: bool,
+    // Last, or what follows would come under its heading.
+    #[command(flatten)]
+    limits: LimitArgs,
 }
 
 /// Serves until told to stop.
@@ -74,6 +78,7 @@ pub fn run(mut args: DaemonArgs) -> Result<u8, Failed> {
     settings.allowed_host_paths = args.allow_host_path;
     settings.shell = args.sandbox_shell.map(shell::checked).transpose()?;
     args.isolation.apply(&mut settings);
+    settings.limits = args.limits.settings(Floor::Share);
     if args.allow_host_network {
         settings.network = NetworkPolicy::Host;
     }

@@ -3,6 +3,7 @@
 pub mod build;
 pub mod daemon;
 mod isolation;
+mod limits;
 mod render;
 pub mod run;
 mod shell;

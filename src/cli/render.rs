@@ -56,7 +56,12 @@ fn plain(event: &Event) -> Result<(), Failed> {
             written.map_err(|error| Failed(format!("can't write to standard error: {error}")))
         }
         // A code of the command's own says it all, as in a shell.
-        Event::Failed(failure) if failure.exit_code.is_some_and(|code| code < EXIT_NOT_EXECUTABLE) => Ok(()),
+        Event::Failed(failure)
+            if failure.exit_code.is_some_and(|code| code < EXIT_NOT_EXECUTABLE)
+                && failure.is_plain_exit() =>
+        {
+            Ok(())
+        }
         Event::Failed(failure) => {
             remark(format_args!("cofferdam: {}", failure.message));
             Ok(())

@@ -12,12 +12,13 @@ use clap::Args;
 use nix::unistd::{AccessFlags, eaccess};
 
 use super::isolation::IsolationArgs;
+use super::limits::LimitArgs;
 use super::render::{End, Format};
 use super::{Failed, Signals, build, cannot, path_parser, remark, runtime, store};
 use crate::build::events::Output;
 use crate::build::request::{Constraints, Draft, InvalidRequest, Network, Request, SandboxPath, Shell};
 use crate::castore::{Directory, Name, Node, Store};
-use crate::config::{Lifetime, NetworkPolicy, Settings};
+use crate::config::{Floor, Lifetime, LimitSettings, NetworkPolicy, Settings};
 use crate::worker::Groundwork;
 
 const INPUTS: &str = "inputs";
@@ -79,6 +80,9 @@ pub struct RunArgs {
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<OsString>,
+    // Last, or what follows would come under its heading.
+    #[command(flatten)]
+    limits: LimitArgs,
 }
 
 /// Runs the command. Yields the exit code.
@@ -97,6 +101,7 @@ pub fn run(args: RunArgs) -> Result<u8, Failed> {
     settings.allowed_host_paths = wanted.draft.constraints.ro_paths.clone();
     settings.network = NetworkPolicy::Host;
     isolation.apply(&mut settings);
+    settings.limits = wanted.limits.clone();
     let ground = Groundwork::lay(settings)?;
     let runtime = runtime()?;
     let worker = ground.build()?;
@@ -141,6 +146,7 @@ struct Wanted {
     out_dir: PathBuf,
     state_dir: Option<PathBuf>,
     format: Format,
+    limits: LimitSettings,
     /// The request but for its inputs.
     draft: Draft,
 }
@@ -185,6 +191,7 @@ impl Wanted {
             outputs,
             out_dir: args.out_dir,
             state_dir: args.state_dir,
+            limits: args.limits.settings(Floor::None),
             format: if args.json { Format::Json } else { Format::Plain },
         };
         Ok((args.isolation, wanted))

@@ -13,6 +13,7 @@ use clap::{Args, Subcommand};
 use super::{Failed, StateArgs, cannot, render, runtime, start_failed_here};
 use crate::address::Address;
 use crate::castore::ingest::Ingest;
+use crate::castore::look::Look;
 use crate::castore::node::printable;
 use crate::castore::remote::RemoteStore;
 use crate::castore::{Digest, LocalStore, Node, Store, tree};
@@ -147,7 +148,7 @@ pub(super) fn put(store: &Store, node: &Node, dest: &Path, cancel: &AtomicBool) 
     };
     let parent = dest.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let dir = File::open(parent).map_err(|error| cannot("open", parent, error))?;
-    tree::export_unless(store, node, dir.as_fd(), OsStr::new(name), cancel)
+    tree::export_unless(store, node, dir.as_fd(), OsStr::new(name), Look::Plain, cancel)
         .map_err(|error| cannot("write", dest, error))
 }
 

@@ -18,7 +18,7 @@ use fuser::{
 
 use super::inodes::{Entries, FileId, Inode, KEPT, KEPT_NAME, Listing, ROOT};
 use super::{Fault, Shared};
-use crate::castore::{Blob, Digest, Name, Node};
+use crate::castore::{Blob, Digest, Name, Node, look};
 use crate::lock::lock;
 
 /// How long the kernel may believe an answer: for ever, as far as it can count.
@@ -26,9 +26,6 @@ const FOREVER: Duration = Duration::from_secs(u32::MAX as u64);
 
 /// Numbers are never used again, so there is one generation of each.
 const GENERATION: Generation = Generation(0);
-
-/// Modification time of everything: one second after the epoch, as the stores of Nix and Guix have it.
-const MTIME: Duration = Duration::from_secs(1);
 
 /// Requests that the kernel makes ahead of need, at most at a time.
 const MAX_BACKGROUND: u16 = 64;
@@ -105,11 +102,11 @@ impl Castore {
 
     fn attributes(&self, number: u64, shape: Shape) -> FileAttr {
         let (size, perm) = match shape {
-            Shape::Directory => (0, 0o555),
-            Shape::File { size, executable } => (size, if executable { 0o555 } else { 0o444 }),
+            Shape::Directory => (0, look::INPUT_DIRECTORY_MODE),
+            Shape::File { size, executable } => (size, look::input_file_mode(executable)),
             Shape::Symlink { len } => (len as u64, 0o777),
         };
-        let time = SystemTime::UNIX_EPOCH + MTIME;
+        let time = SystemTime::UNIX_EPOCH + look::INPUT_TIME;
         FileAttr {
             ino: INodeNo(number),
             size,

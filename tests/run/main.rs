@@ -6,9 +6,12 @@ use std::process::ExitCode;
 mod support;
 
 mod attacks;
+mod confinement;
+mod copies;
 mod data;
 mod endings;
 mod faults;
+mod limits;
 mod sandbox;
 mod streams;
 
@@ -19,6 +22,16 @@ fn main() -> ExitCode {
     trials.extend(support::in_every_mode(endings::tests()));
     trials.extend(support::in_every_mode(faults::tests()));
     trials.extend(support::in_every_mode(attacks::tests()));
+    trials.extend(support::in_every_mode_without_fuse(copies::tests()));
+    trials.extend(support::in_every_mode(copies::tests_with_fuse()));
+    let without_the_device =
+        |mode| support::without_fuse("without_the_device", mode, copies::without_the_device);
+    trials.extend(support::Mode::ALL.map(without_the_device));
+    trials.extend(support::in_every_mode(confinement::tests()));
+    trials.extend(confinement::by_other_ways());
+    trials.extend(support::in_every_mode(limits::tests()));
+    trials.extend(support::in_own_mode(limits::tests_in_own_mode()));
+    trials.extend(limits::cgroup_tests());
     trials.push(support::in_mode("full_disk", support::Mode::Root, faults::full_disk));
     support::run(trials)
 }

@@ -32,6 +32,9 @@ pub enum Mode {
     Single,
 }
 
+type Probe = Result<(), (Facility, String)>;
+type Probes = [OnceLock<Probe>; 3];
+
 impl fmt::Display for Mode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.facility().name())
@@ -52,8 +55,19 @@ impl Mode {
 
     /// Whether this caller can be in this mode, on this machine.
     pub fn available(self) -> Result<(), Lacking> {
-        static KNOWN: [OnceLock<Result<(), (Facility, String)>>; 3] = [const { OnceLock::new() }; 3];
-        let known = KNOWN[self as usize].get_or_init(|| self.probe());
+        static KNOWN: Probes = [const { OnceLock::new() }; 3];
+        self.probed(&KNOWN, Self::probe)
+    }
+
+    /// Whether this mode's user may use FUSE.
+    pub fn has_fuse(self) -> Result<(), Lacking> {
+        static KNOWN: Probes = [const { OnceLock::new() }; 3];
+        self.probed(&KNOWN, Self::probe_fuse)
+    }
+
+    /// Probes once.
+    fn probed(self, known: &Probes, probe: fn(Self) -> Probe) -> Result<(), Lacking> {
+        let known = known[self as usize].get_or_init(|| probe(self));
         known.clone().map_err(|(facility, reason)| Lacking::new(facility, reason))
     }
 
@@ -66,7 +80,7 @@ impl Mode {
     }
 
     /// User and group to become, where that isn't what the caller is already.
-    fn ids(self) -> Option<u32> {
+    pub fn ids(self) -> Option<u32> {
         match self {
             _ if !geteuid().is_root() => None,
             Mode::Root => None,
@@ -75,7 +89,7 @@ impl Mode {
         }
     }
 
-    fn probe(self) -> Result<(), (Facility, String)> {
+    fn probe(self) -> Probe {
         let lacks = |reason: &str| Err((self.facility(), reason.to_owned()));
         match (self, self.ids()) {
             (Mode::Root, _) if !geteuid().is_root() => return lacks("not run as root"),
@@ -95,12 +109,15 @@ impl Mode {
         let mut unshare = Command::new("unshare");
         self.becomes(unshare.args(namespaces).arg("true").current_dir("/"));
         match unshare.output() {
-            Err(error) => return lacks(&format!("unshare: {error}")),
+            Err(error) => lacks(&format!("unshare: {error}")),
             Ok(run) if !run.status.success() => {
-                return lacks(&format!("no namespaces: {}", String::from_utf8_lossy(&run.stderr).trim()));
+                lacks(&format!("no namespaces: {}", String::from_utf8_lossy(&run.stderr).trim()))
             }
-            Ok(_) => {}
+            Ok(_) => Ok(()),
         }
+    }
+
+    fn probe_fuse(self) -> Probe {
         let mut open = Command::new("sh");
         self.becomes(open.args(["-c", "exec 3<>/dev/fuse"]).current_dir("/"));
         match open.output() {

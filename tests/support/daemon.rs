@@ -85,6 +85,11 @@ impl Daemon {
         leftovers::names(&self.state.join("builds"))
     }
 
+    /// Directories of builds with copies of inputs.
+    pub fn copies(&self) -> std::collections::BTreeSet<String> {
+        leftovers::names(&self.state.join("copies"))
+    }
+
     pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
     }

@@ -32,6 +32,10 @@ pub enum Facility {
     Debootstrap,
     /// Python with grpcio in a virtual environment.
     Python,
+    /// System calls of 32-bit programs.
+    Calls32,
+    /// A cgroup2 file system that can be added to.
+    Cgroup2,
     /// The C sources of `scripts/sources`.
     Sources,
 }
@@ -45,6 +49,8 @@ impl Facility {
             Facility::Fuse => "fuse",
             Facility::Debootstrap => "debootstrap",
             Facility::Python => "python",
+            Facility::Calls32 => "calls32",
+            Facility::Cgroup2 => "cgroup2",
             Facility::Sources => "sources",
         }
     }
@@ -87,6 +93,17 @@ pub fn in_every_mode(tests: impl IntoIterator<Item = (&'static str, fn(&Case))>)
     tests.into_iter().flat_map(|(name, test)| Mode::ALL.map(|mode| in_mode(name, mode, test))).collect()
 }
 
+/// The same for tests that do without FUSE.
+pub fn in_every_mode_without_fuse(tests: impl IntoIterator<Item = (&'static str, fn(&Case))>) -> Vec<Trial> {
+    let trial = |name, mode, test: fn(&Case)| {
+        without_fuse(name, mode, move |case| {
+            test(case);
+            Ok(())
+        })
+    };
+    tests.into_iter().flat_map(|(name, test)| Mode::ALL.map(|mode| trial(name, mode, test))).collect()
+}
+
 /// One trial in the first mode that this caller can be in: for what doesn't depend on the mode.
 pub fn in_own_mode(tests: impl IntoIterator<Item = (&'static str, fn(&Case))>) -> Vec<Trial> {
     tests.into_iter().map(|(name, test)| in_mode(name, Mode::own(), test)).collect()
@@ -102,6 +119,23 @@ pub fn in_mode(name: &str, mode: Mode, test: impl FnOnce(&Case) + Send + 'static
 
 /// One trial in one mode that may find out later that something is lacking.
 pub fn fallible(
+    name: String,
+    mode: Mode,
+    test: impl FnOnce(&Case) -> Result<(), Lacking> + Send + 'static,
+) -> Trial {
+    trial(name, mode, move |case| mode.has_fuse().and_then(|()| test(case)))
+}
+
+/// The same for a test that does without FUSE.
+pub fn without_fuse(
+    name: &str,
+    mode: Mode,
+    test: impl FnOnce(&Case) -> Result<(), Lacking> + Send + 'static,
+) -> Trial {
+    trial(format!("{name}::{mode}"), mode, test)
+}
+
+fn trial(
     name: String,
     mode: Mode,
     test: impl FnOnce(&Case) -> Result<(), Lacking> + Send + 'static,
@@ -163,6 +197,21 @@ pub fn script(name: &str) -> Result<String, String> {
         true => Ok(last(&run.stdout)),
         false => Err(last(&run.stderr)),
     }
+}
+
+/// Puts a blob that takes minutes to read into the store of a state directory. Its name is not that of its contents,
+/// which is found out only at their end. Yields digest and size.
+pub fn endless_blob(case: &Case, state: &str) -> ([u8; 32], u64) {
+    const SIZE: u64 = 64 << 30;
+    let seed = case.write("seed", "");
+    let mut add = case.cofferdam(["store", "add", "--state-dir", state]);
+    add.arg(seed);
+    case::finish(add).code(0);
+    let digest = *blake3::hash(b"endless").as_bytes();
+    let hex = blake3::Hash::from(digest).to_hex();
+    let place = case.write(&format!("{state}/store/blobs/{}/{hex}", &hex[..2]), "");
+    std::fs::OpenOptions::new().write(true).open(place).unwrap().set_len(SIZE).unwrap();
+    (digest, SIZE)
 }
 
 /// The parts of the host that `--host-tools` shows, as far as this host has them.

@@ -16,6 +16,7 @@ use std::path::Path;
 use nix::errno::Errno;
 
 use super::rootfs::{Kind, open_place, tmpfs, walk};
+use crate::plan::TmpfsSize;
 use crate::sabotage::{Layer, kept};
 use crate::sources::READ_ONLY;
 use crate::sys;
@@ -26,12 +27,15 @@ const STEERING: [&str; 6] = ["asound", "bus", "fs", "irq", "sys", "sysrq-trigger
 const TELLING: [&str; 9] =
     ["acpi", "kcore", "keys", "kmsg", "latency_stats", "sched_debug", "scsi", "timer_list", "timer_stats"];
 
+/// Enough for the three places, whatever the size of a page.
+const ROOM: TmpfsSize = TmpfsSize { bytes: 1 << 20, inodes: 16 };
+
 /// Mounts the procfs `bare`, which is detached, in `place`, with covers.
 pub fn mount(bare: &OwnedFd, place: BorrowedFd<'_>) -> Result<(), Errno> {
     if !kept(Layer::ProcMasks) {
         return sys::move_mount(bare.as_fd(), place);
     }
-    let below = tmpfs(c"0500", None)?;
+    let below = tmpfs(0o500, ROOM)?;
     sys::move_mount(below.as_fd(), place)?;
     let made = |name: &str, kind| walk(below.as_fd(), Path::new(name), kind);
     let (directory, file) = (made("empty", Kind::Directory)?, made("empty.file", Kind::File)?);

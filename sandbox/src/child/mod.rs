@@ -1,6 +1,7 @@
 //! The sandbox's first process, from `clone3` to the end: a flat list of steps, in the order that the
 //! kernel demands.
 
+mod confine;
 mod init;
 mod masks;
 mod net;
@@ -15,6 +16,7 @@ use std::panic::AssertUnwindSafe;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
 use nix::sys::signal::Signal;
 use nix::sys::stat::{Mode, umask};
@@ -73,18 +75,33 @@ fn set_up(plan: &Plan, mut go: File, sources: File) -> Result<(), SetupFailure> 
     // Entries get exactly the modes that the plan says.
     umask(Mode::empty());
 
+    if kept(Layer::CgroupNamespace) {
+        // Not by clone3, for which the root would be the spawner's cgroup.
+        unshare(CloneFlags::CLONE_NEWCGROUP).map_err(|errno| SetupFailure::new(Step::Cgroup, errno, ""))?;
+    }
+    privileges::volunteer_for_oom();
     privileges::leave_keyring()?;
     let sources = sources::receive(plan, sources.as_fd())?;
     privileges::become_root(&plan.ids)?;
+    if kept(Layer::Seccomp) {
+        confine::forbid_user_namespaces(plan.seccomp)?;
+    }
     rootfs::assemble(plan, sources)?;
     net::set_up(plan.network)?;
     if kept(Layer::Uts) {
         set_names()?;
     }
     if kept(Layer::Limits) {
-        privileges::limit()?;
+        privileges::limit(&plan.limits, &plan.ids)?;
     }
     privileges::drop_all()?;
+    // Both need the no_new_privs of that. The filter comes last: what is before may use any call.
+    if kept(Layer::Landlock) && kept(Layer::NoNewPrivs) {
+        confine::restrict(plan.landlock)?;
+    }
+    if kept(Layer::Seccomp) && kept(Layer::NoNewPrivs) {
+        confine::filter(plan.seccomp)?;
+    }
     // After the last change of ids, which clears it.
     tie_to_spawner(go.as_fd())
 }

@@ -5,7 +5,9 @@ use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{self, Gid, Uid};
 
+use crate::cgroup::Controller;
 use crate::ids::{BUILD_GID, BUILD_UID, Groups, IdMap};
+use crate::plan::Limits;
 use crate::report::{SetupFailure, Step};
 use crate::sabotage::{Layer, kept};
 use crate::sys;
@@ -94,13 +96,53 @@ pub fn leave_keyring() -> Result<(), SetupFailure> {
     }
 }
 
-/// Resource limits of a build: no core files, as many descriptors as the daemon may have.
-pub fn limit() -> Result<(), SetupFailure> {
-    let step = || -> Result<(), Errno> {
+/// How much likelier than the program's own processes a build's are to be killed when the machine runs out of memory,
+/// in thousandths of all memory.
+const OOM_SCORE: i32 = 500;
+
+/// Has the kernel kill builds before the program that serves them, and before most others. Some outer sandboxes forbid
+/// it; the kernel then decides by size alone.
+pub fn volunteer_for_oom() {
+    const FILE: &str = "/proc/self/oom_score_adj";
+    let inherited = std::fs::read_to_string(FILE).ok().and_then(|text| text.trim().parse::<i32>().ok());
+    let score = inherited.unwrap_or(0).saturating_add(OOM_SCORE).min(1000);
+    let _ = std::fs::write(FILE, score.to_string());
+}
+
+/// Descriptors that builds can't have of the program's limit where they share its user id: the kernel counts those that
+/// are under way in sockets per user, and must not refuse the program its own.
+const DESCRIPTORS_KEPT: u64 = 1024;
+/// Signals and timers that builds may have waiting, whatever the number of their processes.
+const SIGNALS_MIN: u64 = 1024;
+
+/// Resource limits of a build. What a user namespace counts by itself (processes, since Linux 5.14) is counted per build
+/// whatever its user id; see `docs/isolation.md`.
+pub fn limit(limits: &Limits, ids: &IdMap) -> Result<(), SetupFailure> {
+    let at_most = |resource: Resource, limit: Option<u64>, name: &str| -> Result<(), SetupFailure> {
+        let Some(limit) = limit else { return Ok(()) };
+        getrlimit(resource)
+            .and_then(|(_, hard)| setrlimit(resource, limit.min(hard), limit.min(hard)))
+            .map_err(|errno| SetupFailure::new(Step::Limits, errno, name))
+    };
+    // What the cgroup counts it also tells of; and programs that map much and use little don't fail.
+    let uncounted = |controller| !limits.controllers.contains(&controller);
+    let data = limits.memory.filter(|_| uncounted(Controller::Memory));
+    let processes = limits.processes.filter(|_| uncounted(Controller::Pids));
+    at_most(Resource::RLIMIT_DATA, data, "RLIMIT_DATA")?;
+    at_most(Resource::RLIMIT_FSIZE, limits.file_size, "RLIMIT_FSIZE")?;
+    at_most(Resource::RLIMIT_NPROC, processes, "RLIMIT_NPROC")?;
+    let signals = limits.processes.map(|processes| processes.max(SIGNALS_MIN));
+    at_most(Resource::RLIMIT_SIGPENDING, signals, "RLIMIT_SIGPENDING")?;
+    let descriptors_and_core = || -> Result<(), Errno> {
         let (_, files) = getrlimit(Resource::RLIMIT_NOFILE)?;
+        let files = match ids.has_root {
+            // The build has a user id of its own.
+            true => files,
+            false => files.saturating_sub(DESCRIPTORS_KEPT).max(files / 2),
+        };
         setrlimit(Resource::RLIMIT_NOFILE, files, files)?;
         let (_, core) = getrlimit(Resource::RLIMIT_CORE)?;
         setrlimit(Resource::RLIMIT_CORE, 0, core)
     };
-    step().map_err(|errno| SetupFailure::new(Step::Limits, errno, ""))
+    descriptors_and_core().map_err(|errno| SetupFailure::new(Step::Limits, errno, ""))
 }

@@ -3,7 +3,7 @@
 //! What it is made of comes as descriptors, see `sources`. Places in the new root are walked to by descriptor and
 //! never through a symbolic link, so that nothing in the inputs can send a mount elsewhere.
 
-use std::ffi::{CStr, CString, OsStr};
+use std::ffi::{CString, OsStr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path};
 
@@ -14,7 +14,7 @@ use nix::sys::stat::{Mode, SFlag, fchmod, fstat, mkdirat};
 use nix::unistd::{self, fchdir, pivot_root, symlinkat};
 
 use super::masks;
-use crate::plan::{Access, Entry, Mount, MountPoint, Plan};
+use crate::plan::{Access, Entry, Mount, MountPoint, Plan, TmpfsSize};
 use crate::report::{SetupFailure, Step};
 use crate::sabotage::{Layer, kept};
 use crate::sources::{READ_ONLY, Source, Sources, plain};
@@ -94,7 +94,7 @@ fn make_root(
     sources: &[Source],
 ) -> Result<OwnedFd, SetupFailure> {
     let fail = failure(Step::RootTmpfs, Path::new(""));
-    let tmpfs = tmpfs(c"0755", None).map_err(&fail)?;
+    let tmpfs = tmpfs(0o755, size_of_root(plan)).map_err(&fail)?;
     if let Some(lower) = &lower {
         sys::move_mount(lower.as_fd(), anchor.as_fd()).map_err(&fail)?;
     }
@@ -232,13 +232,35 @@ pub fn open_place(dir: BorrowedFd<'_>, name: &OsStr) -> Result<OwnedFd, Errno> {
 }
 
 /// A fresh tmpfs, detached.
-pub fn tmpfs(mode: &CStr, size: Option<&CStr>) -> Result<OwnedFd, Errno> {
+pub fn tmpfs(mode: u32, size: TmpfsSize) -> Result<OwnedFd, Errno> {
     let context = FsContext::open(c"tmpfs")?;
-    context.string(c"mode", mode)?;
-    if let Some(size) = size {
-        context.string(c"size", size)?;
+    let options = [
+        (c"mode", format!("{mode:04o}")),
+        (c"size", size.bytes.to_string()),
+        (c"nr_inodes", size.inodes.to_string()),
+    ];
+    for (key, value) in options {
+        context.string(key, &CString::new(value).map_err(|_| Errno::EINVAL)?)?;
     }
     context.mount(plain())
+}
+
+/// What the root takes, and not much more: nothing else is ever to be written there.
+fn size_of_root(plan: &Plan) -> TmpfsSize {
+    /// What a file of one byte takes on machines with large pages.
+    const PAGE: usize = 65536;
+    /// For the directories of an overlay, and the root itself.
+    const MORE: usize = 64;
+    let entries = plan.root.entries.iter().map(|entry| match entry {
+        Entry::Directory { path, .. } => (path, 0),
+        Entry::File { path, contents, .. } => (path, contents.len()),
+        Entry::Symlink { path, target } => (path, target.as_os_str().len()),
+    });
+    let all = entries.chain(plan.mounts.iter().map(|mount| (&mount.at, 0)));
+    let (bytes, inodes) = all.fold((MORE * PAGE, MORE), |(bytes, inodes), (path, size)| {
+        (bytes + size.next_multiple_of(PAGE), inodes + path.components().count())
+    });
+    TmpfsSize { bytes: bytes as u64, inodes: inodes as u64 }
 }
 
 fn overlay(lower: &OwnedFd, upper: &OwnedFd, work: &OwnedFd) -> Result<OwnedFd, Errno> {
@@ -265,11 +287,7 @@ fn fresh(mount: &Mount) -> Result<OwnedFd, Errno> {
             context.string(c"ptmxmode", c"0666")?;
             context.mount(libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC)
         }
-        Mount::Tmpfs { mode, size } => {
-            let mode = CString::new(format!("{mode:04o}")).map_err(|_| Errno::EINVAL)?;
-            let size = CString::new(size.as_str()).map_err(|_| Errno::EINVAL)?;
-            tmpfs(&mode, Some(&size))
-        }
+        Mount::Tmpfs { mode, size } => tmpfs(*mode, *size),
         _ => Err(Errno::EINVAL),
     }
 }

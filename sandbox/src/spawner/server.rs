@@ -14,11 +14,13 @@ use nix::mount::{MntFlags, umount2};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::CloneFlags;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, send};
+use nix::sys::stat::Mode;
 use nix::sys::wait::waitpid;
 use nix::unistd::{self, Pid};
 use serde::de::DeserializeOwned;
 
 use super::{Leftovers, Stdio, Subject};
+use crate::cgroup::Others;
 use crate::child;
 use crate::plan::{Network, Plan};
 use crate::report::{Report, SetupFailure, Step};
@@ -87,10 +89,14 @@ impl Server {
         for sandbox in self.sandboxes.drain(..) {
             let _ = waitpid(sandbox.pid, None);
         }
+        let program = self.program();
         let Some(Estate { leftovers, lock: _lock }) = self.estate else { return code };
         for mount in &leftovers.mounts {
             // Gone already is as good.
             let _ = umount2(mount, MntFlags::MNT_DETACH);
+        }
+        if let Some(Err(error)) = leftovers.cgroups.as_ref().map(|remains| remains.clear(program)) {
+            complain(format_args!("{error}"));
         }
         for path in &leftovers.trees {
             if let Err(error) = remove(path) {
@@ -98,6 +104,16 @@ impl Server {
             }
         }
         code
+    }
+
+    /// Whether the program waits for this process to end, or has been killed.
+    fn program(&self) -> Others {
+        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::empty())];
+        let polled = poll(&mut fds, PollTimeout::ZERO);
+        match (polled, fds.first().and_then(PollFd::revents)) {
+            (Ok(_), Some(events)) if !events.contains(PollFlags::POLLHUP) => Others::Stay,
+            _ => Others::Leaving,
+        }
     }
 
     /// Becomes independent of the terminal and of what the program was started with.
@@ -240,8 +256,9 @@ fn launch(plan: OwnedFd, sources: OwnedFd, stdio: Stdio) -> Result<(Pid, OwnedFd
     let (report_read, report) = pipe()?;
     let (go, go_write) = pipe()?;
     let namespaces = namespaces(plan.network);
+    let cgroup = plan.cgroup.as_deref().map(open_cgroup).transpose()?;
     // SAFETY: the spawner has one thread for life.
-    let cloned = unsafe { sys::clone_process(namespaces.bits()) }
+    let cloned = unsafe { sys::clone_process(namespaces.bits(), cgroup.as_ref().map(|dir| dir.as_fd())) }
         .map_err(|errno| SetupFailure::new(Step::Clone, errno, ""))?;
     match cloned {
         sys::Cloned::Child => {
@@ -264,14 +281,17 @@ fn launch(plan: OwnedFd, sources: OwnedFd, stdio: Stdio) -> Result<(Pid, OwnedFd
     }
 }
 
-/// The namespaces of a sandbox.
+fn open_cgroup(path: &Path) -> Result<OwnedFd, SetupFailure> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    nix::fcntl::open(path, flags, Mode::empty())
+        .map_err(|errno| SetupFailure::new(Step::Cgroup, errno, path.display().to_string()))
+}
+
+/// The namespaces of a sandbox, but for that of cgroups, which it makes itself.
 fn namespaces(network: Network) -> CloneFlags {
     let mut namespaces = CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID;
-    for (layer, namespace) in [
-        (Layer::Ipc, CloneFlags::CLONE_NEWIPC),
-        (Layer::Uts, CloneFlags::CLONE_NEWUTS),
-        (Layer::CgroupNamespace, CloneFlags::CLONE_NEWCGROUP),
-    ] {
+    for (layer, namespace) in [(Layer::Ipc, CloneFlags::CLONE_NEWIPC), (Layer::Uts, CloneFlags::CLONE_NEWUTS)]
+    {
         if kept(layer) {
             namespaces |= namespace;
         }

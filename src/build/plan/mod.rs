@@ -17,7 +17,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use cofferdam_sandbox::{
-    Access, Command, Entry, IdMap, Layer, Mount, MountPoint, Network as SandboxNetwork, Plan,
+    Access, Command, Entry, IdMap, Landlock, Layer, Limits, Mount, MountPoint, Network as SandboxNetwork,
+    Plan, TmpfsSize, seccomp,
 };
 
 use super::request::{Network, Request, SandboxPath, Shell};
@@ -32,8 +33,6 @@ const DEVICE_LINKS: [(&str, &str); 5] = [
     ("dev/stderr", "/proc/self/fd/2"),
     ("dev/ptmx", "pts/ptmx"),
 ];
-/// The largest share of memory that `/dev/shm` may take, as tmpfs writes it.
-const SHM_SIZE: &str = "50%";
 
 const PASSWD: &str = "root:x:0:0:Nix build user:/build:/noshell\n\
                       nixbld:x:1000:100:Nix build user:/build:/noshell\n\
@@ -51,12 +50,22 @@ pub struct Site {
     pub inputs: Option<PathBuf>,
     /// The user namespace of the build.
     pub ids: IdMap,
+    /// The cgroup of the build's processes, absolute; `None` where it has none of its own.
+    pub cgroup: Option<PathBuf>,
+    /// What it may use.
+    pub limits: Limits,
+    /// How much fits into its `/dev/shm`.
+    pub shm: TmpfsSize,
     /// Where the host paths lie that the request asks for, in its order, free of symbolic links.
     pub host_paths: Vec<PathBuf>,
     /// The program that appears as `/bin/sh` where one is asked for, its path free of symbolic links.
     pub shell: Option<PathBuf>,
     /// Files of the host's `/etc` that a build with network sees, by name.
     pub network_files: Vec<(String, Vec<u8>)>,
+    /// Which system calls the build is refused.
+    pub seccomp: Option<seccomp::Profile>,
+    /// What more of the outside is kept from it than namespaces do.
+    pub landlock: Landlock,
 }
 
 /// A build, laid out.
@@ -109,7 +118,7 @@ pub fn lay_out(request: &Request, site: Site) -> Layout {
     let places = Places::of(request, site.inputs.is_some());
     let mut draft = Draft::default();
     draft.directory("scratch", 0o711, Role::Daemon);
-    draft.devices();
+    draft.devices(site.shm);
     draft.etc(request, &site);
     draft.host_paths(request, &site);
     draft.scratch(&places);
@@ -141,6 +150,10 @@ pub fn lay_out(request: &Request, site: Site) -> Layout {
                 Network::None => SandboxNetwork::Own,
                 Network::Required => SandboxNetwork::Host,
             },
+            seccomp: site.seccomp,
+            landlock: site.landlock,
+            cgroup: site.cgroup,
+            limits: site.limits,
             command: command(request),
         },
     }
@@ -275,14 +288,14 @@ impl Draft {
         self.mounts.push(MountPoint { at: at.into(), mount });
     }
 
-    fn devices(&mut self) {
+    fn devices(&mut self, shm: TmpfsSize) {
         self.mount("proc", Mount::Proc);
         for device in DEVICES {
             let source = Path::new("/dev").join(device);
             self.mount(Path::new("dev").join(device), Mount::Device { source });
         }
         self.mount("dev/pts", Mount::Devpts);
-        self.mount("dev/shm", Mount::Tmpfs { mode: 0o1777, size: SHM_SIZE.into() });
+        self.mount("dev/shm", Mount::Tmpfs { mode: 0o1777, size: shm });
         for (path, target) in DEVICE_LINKS {
             self.entries.push(Entry::Symlink { path: path.into(), target: target.into() });
         }

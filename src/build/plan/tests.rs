@@ -45,9 +45,14 @@ fn laid_out(parts: Parts) -> Layout {
         build_dir: "/scratch/build".into(),
         inputs: (!request.inputs.is_empty()).then(|| "/view/build".into()),
         ids: cofferdam_sandbox::Identity::Single.map(0),
+        cgroup: None,
+        limits: Limits::default(),
+        shm: TmpfsSize { bytes: 4096, inodes: 7 },
         host_paths: request.constraints.ro_paths.clone(),
         shell: Some("/static/sh".into()),
         network_files: vec![("resolv.conf".into(), b"nameserver ::1\n".to_vec())],
+        seccomp: None,
+        landlock: cofferdam_sandbox::Landlock::Off,
     };
     lay_out(&request, site)
 }
@@ -81,12 +86,12 @@ fn words(layout: &Layout) -> Vec<String> {
 }
 
 /// What every build has, in the words above.
-const ALWAYS: [&str; 20] = [
+const ALWAYS: [&str; 19] = [
     "/dev/full = Device { source: \"/dev/full\" }",
     "/dev/null = Device { source: \"/dev/null\" }",
     "/dev/pts = Devpts",
     "/dev/random = Device { source: \"/dev/random\" }",
-    "/dev/shm = Tmpfs { mode: 1023, size: \"50%\" }",
+    "/dev/shm = Tmpfs { mode: 1023, size: TmpfsSize { bytes: 4096, inodes: 7 } }",
     "/dev/tty = Device { source: \"/dev/tty\" }",
     "/dev/urandom = Device { source: \"/dev/urandom\" }",
     "/dev/zero = Device { source: \"/dev/zero\" }",
@@ -100,7 +105,6 @@ const ALWAYS: [&str; 20] = [
     "/etc/group file 444",
     "/etc/hosts file 444",
     "/etc dir 555",
-    "root 700 Daemon",
     "scratch 711 Daemon",
 ];
 

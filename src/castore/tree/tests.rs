@@ -1,7 +1,8 @@
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
+use cofferdam_sandbox::Owner;
 use proptest::prelude::*;
 
 use super::*;
@@ -34,6 +35,32 @@ proptest! {
         export_to(&store, &node, &second).unwrap();
         prop_assert_eq!(&ingest(&store, &second).unwrap(), &node);
         prop_assert_eq!(&paths(&store, &node).unwrap()[1..], &sketch.paths()[..]);
+    }
+
+    #[test]
+    fn as_inputs_all_of_a_tree_has_one_look(sketch in sketch()) {
+        let (dir, store) = store();
+        let node = sketch.put(&store);
+        let owner = Owner { uid: nix::unistd::geteuid().as_raw(), gid: nix::unistd::getegid().as_raw() };
+        let (look, cancel) = (Look::Input(owner), AtomicBool::new(false));
+        let out = OsStr::new("out");
+        with_dir(dir.path(), |dir| export_unless(&store, &node, dir, out, look, &cancel)).unwrap();
+        for below in std::iter::once(Vec::new()).chain(sketch.paths()) {
+            let path = dir.path().join("out").join(OsStr::from_bytes(&below));
+            let path = if below.is_empty() { dir.path().join("out") } else { path };
+            let found = fs::symlink_metadata(path).unwrap();
+            let mode = found.mode() & 0o7777;
+            let modes: &[u32] = match found.file_type() {
+                kind if kind.is_dir() => &[0o555],
+                kind if kind.is_symlink() => &[0o777],
+                _ => &[0o444, 0o555],
+            };
+            prop_assert!(modes.contains(&mode), "{:o}", mode);
+            prop_assert_eq!((found.mtime(), found.mtime_nsec()), (1, 0));
+            prop_assert_eq!((found.atime(), found.atime_nsec()), (1, 0));
+        }
+        // The executable bits, contents and targets are those of the tree.
+        prop_assert_eq!(ingest(&store, &dir.path().join("out")).unwrap(), node);
     }
 }
 
