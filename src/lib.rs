@@ -15,6 +15,7 @@ mod lock;
 mod recent;
 pub mod refscan;
 pub mod remote;
+pub mod selftest;
 pub mod server;
 pub mod size;
 pub mod view;

@@ -45,7 +45,7 @@ impl fmt::Display for Size {
     /// Exactly, in bytes, and in the largest unit that leaves nothing over.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} bytes", self.0)?;
-        let whole = |(_, power): &&(&str, u32)| self.0 > 0 && self.0 % 1024_u64.pow(*power) == 0;
+        let whole = |(_, power): &&(&str, u32)| self.0 > 0 && self.0.is_multiple_of(1024_u64.pow(*power));
         match UNITS.iter().rev().find(whole) {
             Some((unit, power)) => write!(f, " ({} {unit}iB)", self.0 / 1024_u64.pow(*power)),
             None => Ok(()),

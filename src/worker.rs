@@ -16,7 +16,7 @@ use cofferdam_sandbox::ids::{EnterError, Entered, IdClaim};
 use cofferdam_sandbox::{Identity, Leftovers, SpawnError, Spawner};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use crate::build::{Builder, ScratchError};
+use crate::build::{Builder, Sandboxes, ScratchError};
 use crate::castore::{LocalStore, Store, StoreError};
 use crate::config::{Lifetime, Settings};
 use crate::inputs::Inputs;
@@ -175,12 +175,20 @@ impl Groundwork {
     /// # Errors
     /// Where one of them can't be had.
     pub fn build(self) -> Result<Worker, WorkerStartError> {
+        self.build_over(|store| store)
+    }
+
+    /// The same with another store over that of the state directory, which `over` is given.
+    ///
+    /// # Errors
+    /// As [`Groundwork::build`].
+    pub fn build_over(self, over: impl FnOnce(Store) -> Store) -> Result<Worker, WorkerStartError> {
         let Self { mut settings, identity, spawner, cgroups, state, claim } = self;
         let cgroup::Found { cgroups, status: limits } = cgroups;
         if let Some(slots) = identity.slots().and_then(|slots| NonZeroUsize::new(slots as usize)) {
             settings.max_builds = settings.max_builds.min(slots);
         }
-        let store = LocalStore::open_for(&state.store(), settings.lifetime)?.store();
+        let store = over(LocalStore::open_for(&state.store(), settings.lifetime)?.store());
         let at = state.view();
         state.subdirectory(&at)?;
         let cpus = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
@@ -191,9 +199,8 @@ impl Groundwork {
         let inputs = Inputs::choose(settings.isolation.inputs, view, copies)?;
         let strength =
             Strength { ids: Ids::from(&identity), inputs: inputs.strength(), network: Network::None };
-        let scratch = state.builds();
-        let builder =
-            Builder::new(settings, identity, strength, spawner, cgroups, store.clone(), inputs, &scratch)?;
+        let sandboxes = Sandboxes { identity, strength, spawner, cgroups };
+        let builder = Builder::new(settings, sandboxes, store.clone(), inputs, &state.builds())?;
         Ok(Worker { store, builder, limits, _state: state, _claim: claim })
     }
 }
@@ -235,7 +242,10 @@ impl StateDir {
     }
 
     /// Refuses a directory that others can change, or that holds something else: parts of it will be emptied.
-    fn check(path: &Path) -> Result<(), WorkerStartError> {
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn check(path: &Path) -> Result<(), WorkerStartError> {
         let fail = |act| move |source| WorkerStartError::State { act, path: path.into(), source };
         let found = path.metadata().map_err(fail("look at"))?;
         let mode = found.permissions().mode();

@@ -274,9 +274,7 @@ pub enum EnterError {
 /// # Errors
 /// Where the kernel refuses a namespace. The message names the settings that do so.
 pub fn enter(own_ids: OwnIds) -> Result<Entered, EnterError> {
-    let privileged = Uid::effective().is_root()
-        && matches!(caps::has_cap(None, caps::CapSet::Effective, caps::Capability::CAP_SYS_ADMIN), Ok(true));
-    let entered = match (privileged, own_ids) {
+    let entered = match (is_privileged(), own_ids) {
         (true, OwnIds::Wanted) => enter_as_root()?,
         (true, OwnIds::Unwanted) => return Err(EnterError::BuildsAsRoot),
         (false, own_ids) => enter_unprivileged(own_ids)?,
@@ -285,6 +283,12 @@ pub fn enter(own_ids: OwnIds) -> Result<Entered, EnterError> {
     let none: Option<&str> = None;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none).map_err(EnterError::Propagation)?;
     Ok(entered)
+}
+
+/// Whether the program is root and may do as root does.
+pub(crate) fn is_privileged() -> bool {
+    Uid::effective().is_root()
+        && matches!(caps::has_cap(None, caps::CapSet::Effective, caps::Capability::CAP_SYS_ADMIN), Ok(true))
 }
 
 fn enter_as_root() -> Result<Entered, EnterError> {
@@ -381,23 +385,20 @@ struct Subordinate {
     newgidmap: PathBuf,
 }
 
-impl Subordinate {
-    /// A build needs a root and a user of its own.
-    const MIN_LEN: u32 = 3;
+/// The fewest subordinate ids that are of use: a build needs a root and a user of its own.
+pub(crate) const MIN_SUBORDINATE: u32 = 3;
 
+impl Subordinate {
     fn find(uid: Uid) -> Result<Self, String> {
         let name = User::from_uid(uid).ok().flatten().map(|user| user.name);
         let range = |file: &str| {
             let lines = fs::read_to_string(file).unwrap_or_default();
             subordinate_range(&lines, uid.as_raw(), name.as_deref())
-                .filter(|range| range.len >= Self::MIN_LEN)
+                .filter(|range| range.len >= MIN_SUBORDINATE)
                 .ok_or_else(|| format!("{file} gives this user no subordinate ids"))
         };
         let program = |name: &str| {
-            let path = std::env::var_os("PATH").unwrap_or_else(|| "/usr/bin:/bin".into());
-            std::env::split_paths(&path)
-                .map(|dir| dir.join(name))
-                .find(|path| path.is_file())
+            find_program(name)
                 .ok_or_else(|| format!("{name} is not installed (Debian: uidmap, Fedora: shadow-utils)"))
         };
         Ok(Self {
@@ -407,6 +408,17 @@ impl Subordinate {
             newgidmap: program("newgidmap")?,
         })
     }
+}
+
+/// Where a program is, by `PATH`.
+pub(crate) fn find_program(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_else(|| "/usr/bin:/bin".into());
+    std::env::split_paths(&path).map(|dir| dir.join(name)).find(|path| path.is_file())
+}
+
+/// How many ids a file in the form of `subuid(5)` gives a user, at most in one piece.
+pub(crate) fn subordinate_len(lines: &str, uid: u32, name: Option<&str>) -> Option<u32> {
+    subordinate_range(lines, uid, name).map(|range| range.len)
 }
 
 /// The largest range that a file in the form of `subuid(5)` gives a user.

@@ -17,12 +17,14 @@
 
 #![cfg(target_os = "linux")]
 
+pub mod attack;
 pub mod cgroup;
 mod child;
 pub mod ids;
 pub mod landlock;
 pub mod measure;
 pub mod plan;
+pub mod probe;
 mod report;
 mod sabotage;
 pub mod scratch;

@@ -88,6 +88,18 @@ struct Means {
     broken: watch::Sender<bool>,
 }
 
+/// What sandboxes are made with.
+pub struct Sandboxes {
+    /// Whose ids they run under.
+    pub identity: Identity,
+    /// What they are made of, but for the network, which each build chooses.
+    pub strength: Strength,
+    /// Makes them.
+    pub spawner: Spawner,
+    /// Limits them, where there are any.
+    pub cgroups: Option<Cgroups>,
+}
+
 /// A build that was taken on. Dropping it ends the build and leaves nothing behind.
 #[derive(Debug)]
 pub struct Build {
@@ -134,14 +146,12 @@ impl Builder {
     /// Where the scratch directory can't be made or swept.
     pub fn new(
         settings: Settings,
-        identity: Identity,
-        strength: Strength,
-        spawner: Spawner,
-        cgroups: Option<Cgroups>,
+        sandboxes: Sandboxes,
         store: Store,
         inputs: Inputs,
         scratch: &std::path::Path,
     ) -> Result<Self, ScratchError> {
+        let Sandboxes { identity, strength, spawner, cgroups } = sandboxes;
         let path = scratch;
         let slots = Slots::new(settings.max_builds, settings.max_waiting);
         let scratch = ScratchRoot::open(scratch)?;

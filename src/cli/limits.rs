@@ -1,7 +1,6 @@
 //! What builds may use: the options that `run`, `build` and `daemon` have in common.
 
 use std::ffi::OsStr;
-use std::path::PathBuf;
 
 use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
@@ -77,7 +76,7 @@ fn cgroup(text: &OsStr) -> Result<Choice, &'static str> {
         Some("auto") => Ok(Choice::Auto),
         Some("off") => Ok(Choice::Off),
         _ => match super::absolute_path(text) {
-            Ok(path) => Ok(Choice::Path(PathBuf::from(path))),
+            Ok(path) => Ok(Choice::Path(path)),
             Err(_) => Err("it is `auto`, `off`, or an absolute path without \"..\""),
         },
     }

@@ -2,10 +2,13 @@
 
 pub mod build;
 pub mod daemon;
+pub mod doctor;
 mod isolation;
 mod limits;
+pub mod probe;
 mod render;
 pub mod run;
+pub mod selftest;
 mod shell;
 pub mod store;
 
@@ -26,7 +29,8 @@ pub const EXIT_FAILURE: u8 = 125;
 /// Executes content-addressed build requests in Linux namespaces it makes itself.
 ///
 /// Exit codes: 0 if all went well; for `run` and `build`, that of the command, 128 + n where signal n ended it, 126 and
-/// 127 where it can't be executed, 1 where it made no or wrong outputs; 125 where cofferdam itself fails.
+/// 127 where it can't be executed, 1 where it made no or wrong outputs; for `doctor`, 1 where builds can't run; 125 where
+/// cofferdam itself fails.
 #[derive(Debug, Parser)]
 #[command(name = "cofferdam", version, max_term_width = 100)]
 pub struct Arguments {
@@ -42,8 +46,16 @@ enum Subcommands {
     Daemon(daemon::DaemonArgs),
     /// Carry out a build request that is written as JSON.
     Build(build::BuildArgs),
+    /// Try every step that a build needs of this machine, and say what is missing and what to do about it.
+    Doctor(doctor::DoctorArgs),
     /// Put files and directories into the store, and take them out.
     Store(store::StoreArgs),
+    /// Show what the sandbox holds on this machine: attack it from within, and look for what is left.
+    Selftest(selftest::SelftestArgs),
+    #[command(hide = true)]
+    Battery(selftest::BatteryArgs),
+    #[command(hide = true)]
+    Probe(probe::ProbeArgs),
 }
 
 /// Does what the arguments say, up to the exit code.
@@ -60,7 +72,11 @@ pub fn main(arguments: impl IntoIterator<Item = impl Into<std::ffi::OsString> + 
         Subcommands::Run(args) => run::run(args),
         Subcommands::Daemon(args) => daemon::run(args),
         Subcommands::Build(args) => build::run(args),
+        Subcommands::Doctor(args) => doctor::run(args),
         Subcommands::Store(args) => store::run(args).map(|()| 0),
+        Subcommands::Selftest(args) => selftest::run(args),
+        Subcommands::Battery(args) => selftest::battery(args),
+        Subcommands::Probe(args) => probe::run(args).map(|()| 0),
     };
     match done {
         Ok(code) => code.into(),

@@ -1,6 +1,7 @@
 //! What a build may use, and how it is told that it had more.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -183,21 +184,43 @@ fn senseless_limits(case: &Case) {
     }
 }
 
+type InCgroup = fn(&Case, &Base);
+
 /// What needs a cgroup2 file system that root may add to; controllers it need not have.
 pub fn cgroup_tests() -> Vec<Trial> {
-    let tests: [(&str, fn(&Case, &Base)); 4] = [
+    let tests: [(&str, InCgroup); 4] = [
         ("a_build_has_a_cgroup_of_its_own", a_build_has_a_cgroup_of_its_own),
         ("a_build_can_not_change_its_cgroup", a_build_can_not_change_its_cgroup),
         ("a_killed_program_leaves_no_cgroup", a_killed_program_leaves_no_cgroup),
         ("what_a_crash_left_is_swept_and_no_more", what_a_crash_left_is_swept_and_no_more),
     ];
-    let trial = |mode: Mode, (name, test): (&str, fn(&Case, &Base))| {
+    let trial = |mode: Mode, (name, test): (&str, InCgroup)| {
         fallible(format!("{name}::{mode}"), mode, move |case| {
             test(case, &Base::make(mode)?);
             Ok(())
         })
     };
-    tests.into_iter().flat_map(|test| Mode::ALL.map(|mode| trial(mode, test))).collect()
+    // What belongs to an unprivileged user needs no mark.
+    let delegated = trial(Mode::Root, ("a_delegated_cgroup_is_taken", a_delegated_cgroup_is_taken));
+    let all = tests.into_iter().flat_map(|test| Mode::ALL.map(|mode| trial(mode, test)));
+    all.chain([delegated]).collect()
+}
+
+/// One that a service manager has marked is used, one that it has not is left alone.
+fn a_delegated_cgroup_is_taken(case: &Case, base: &Base) {
+    let come_of_it = || {
+        let mut command = base.run_with("auto", case, "true");
+        command.env("COFFERDAM_LOG", "info");
+        finish(command).code(0).err()
+    };
+    let refused = come_of_it();
+    assert!(refused.contains("is not this program's to divide"), "{refused}");
+    let mark = "import os, sys; os.setxattr(sys.argv[1], 'trusted.delegate', b'1')";
+    assert!(Command::new("python3").args(["-c", mark]).arg(&base.0).status().unwrap().success());
+    let taken = come_of_it();
+    assert!(!taken.contains("is not this program's to divide"), "{taken}");
+    // In a hybrid tree there is nothing to be had of it.
+    assert!(taken.contains("limits=v2: ") || taken.contains("has no controllers"), "{taken}");
 }
 
 /// A cgroup given to a mode's user. It is removed with all in it when this is dropped.
@@ -224,6 +247,11 @@ impl Base {
 
     /// `run` in this cgroup, told to use it.
     fn run(&self, case: &Case, script: &str) -> Command {
+        self.run_with(&self.0, case, script)
+    }
+
+    /// `run` in this cgroup, told `choice`.
+    fn run_with(&self, choice: impl AsRef<OsStr>, case: &Case, script: &str) -> Command {
         // Only root may go into it; then it is given to the mode's user.
         let mut command = case.program("sh");
         command.uid_of_root();
@@ -235,7 +263,7 @@ impl Base {
             "-c",
             &format!("echo $$ > {}/cgroup.procs && exec {become_user} \"$@\"", self.0.display()),
         ]);
-        command.arg("sh").arg(binary()).args(["run", "--host-tools", "--cgroup"]).arg(&self.0);
+        command.arg("sh").arg(binary()).args(["run", "--host-tools", "--cgroup"]).arg(choice);
         command.args(["--", "/bin/sh", "-c", script]);
         command
     }

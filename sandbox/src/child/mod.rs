@@ -1,12 +1,12 @@
 //! The sandbox's first process, from `clone3` to the end: a flat list of steps, in the order that the
 //! kernel demands.
 
-mod confine;
+pub(crate) mod confine;
 mod init;
-mod masks;
+pub(crate) mod masks;
 mod net;
-mod privileges;
-mod rootfs;
+pub(crate) mod privileges;
+pub(crate) mod rootfs;
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -107,7 +107,7 @@ fn set_up(plan: &Plan, mut go: File, sources: File) -> Result<(), SetupFailure> 
 }
 
 /// Gives the sandbox the names that every build sees.
-fn set_names() -> Result<(), SetupFailure> {
+pub(crate) fn set_names() -> Result<(), SetupFailure> {
     let fail = |errno| SetupFailure::new(Step::HostName, errno, "");
     unistd::sethostname("localhost").map_err(fail)?;
     sys::set_domain_name("(none)").map_err(fail)

@@ -22,7 +22,7 @@ use crate::sys::{self, FsContext};
 
 /// A directory that every host has. In the sandbox's own mount namespace, layers and the new root are attached on it
 /// until the root is changed, and then go with the old one.
-const ANCHOR: &str = "/dev";
+pub const ANCHOR: &str = "/dev";
 
 /// Puts the root together and moves into it.
 pub fn assemble(plan: &Plan, sources: Sources) -> Result<(), SetupFailure> {
@@ -263,7 +263,8 @@ fn size_of_root(plan: &Plan) -> TmpfsSize {
     TmpfsSize { bytes: bytes as u64, inodes: inodes as u64 }
 }
 
-fn overlay(lower: &OwnedFd, upper: &OwnedFd, work: &OwnedFd) -> Result<OwnedFd, Errno> {
+/// An overlay whose upper layer takes what is written, detached.
+pub fn overlay(lower: &OwnedFd, upper: &OwnedFd, work: &OwnedFd) -> Result<OwnedFd, Errno> {
     let context = FsContext::open(c"overlay")?;
     for (key, directory) in [(c"lowerdir", lower), (c"upperdir", upper), (c"workdir", work)] {
         // By descriptor: the paths may hold characters that overlay gives a meaning, and the directories
@@ -278,7 +279,7 @@ fn overlay(lower: &OwnedFd, upper: &OwnedFd, work: &OwnedFd) -> Result<OwnedFd, 
 }
 
 /// A file system that takes nothing from the host.
-fn fresh(mount: &Mount) -> Result<OwnedFd, Errno> {
+pub fn fresh(mount: &Mount) -> Result<OwnedFd, Errno> {
     match mount {
         Mount::Proc => FsContext::open(c"proc")?.mount(plain() | libc::MOUNT_ATTR_NOEXEC),
         Mount::Devpts => {
@@ -293,7 +294,7 @@ fn fresh(mount: &Mount) -> Result<OwnedFd, Errno> {
 }
 
 /// Makes `root` the root directory and leaves nothing of the old one.
-fn pivot(root: BorrowedFd<'_>) -> Result<(), Errno> {
+pub fn pivot(root: BorrowedFd<'_>) -> Result<(), Errno> {
     fchdir(root)?;
     // The old root comes to lie over the new one, so that it needs no directory there: see pivot_root(2).
     pivot_root(".", ".")?;

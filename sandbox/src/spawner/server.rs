@@ -22,6 +22,7 @@ use serde::de::DeserializeOwned;
 use super::{Leftovers, Stdio, Subject};
 use crate::cgroup::Others;
 use crate::child;
+use crate::ids::IdMap;
 use crate::plan::{Network, Plan};
 use crate::report::{Report, SetupFailure, Step};
 use crate::sabotage::{Layer, kept};
@@ -268,7 +269,7 @@ fn launch(plan: OwnedFd, sources: OwnedFd, stdio: Stdio) -> Result<(Pid, OwnedFd
         }
         sys::Cloned::Parent { pid, pidfd } => {
             let mut go_write = File::from(go_write);
-            let mapped = write_maps(pid, &plan).and_then(|()| {
+            let mapped = write_maps(pid, &plan.ids).and_then(|()| {
                 go_write.write_all(&[1]).map_err(|_| SetupFailure::new(Step::MapIds, Errno::EPIPE, ""))
             });
             if let Err(failure) = mapped {
@@ -288,7 +289,7 @@ fn open_cgroup(path: &Path) -> Result<OwnedFd, SetupFailure> {
 }
 
 /// The namespaces of a sandbox, but for that of cgroups, which it makes itself.
-fn namespaces(network: Network) -> CloneFlags {
+pub fn namespaces(network: Network) -> CloneFlags {
     let mut namespaces = CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID;
     for (layer, namespace) in [(Layer::Ipc, CloneFlags::CLONE_NEWIPC), (Layer::Uts, CloneFlags::CLONE_NEWUTS)]
     {
@@ -315,8 +316,9 @@ fn read_message<T: DeserializeOwned>(memfd: OwnedFd) -> Result<T, Errno> {
     postcard::from_bytes(&bytes).map_err(|_| Errno::EBADMSG)
 }
 
-fn write_maps(pid: Pid, plan: &Plan) -> Result<(), SetupFailure> {
-    for (file, map) in [("uid_map", &plan.ids.uid_map), ("gid_map", &plan.ids.gid_map)] {
+/// Gives the user namespace of a process its ids.
+pub fn write_maps(pid: Pid, ids: &IdMap) -> Result<(), SetupFailure> {
+    for (file, map) in [("uid_map", &ids.uid_map), ("gid_map", &ids.gid_map)] {
         let path = format!("/proc/{pid}/{file}");
         std::fs::write(&path, map).map_err(|error| {
             let errno = error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);

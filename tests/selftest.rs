@@ -1,0 +1,151 @@
+//! `cofferdam selftest`: it runs in every mode, tells what came of it in each format, and its exit code counts.
+
+use std::process::ExitCode;
+
+mod support;
+
+use support::case::{Ran, finish};
+use support::{Case, Mode};
+
+/// A few probes of every family that hold whatever the profile.
+const SOME: &str = "FS-05,FS-10,PR-01,PR-12,NET-01,DEV-02,PS-07,CAP-01,CAP-05,SEC-04,SEC-10";
+
+fn main() -> ExitCode {
+    let mut trials =
+        support::in_own_mode(named![list, unknown_probe, expectations, cases_are_the_same, whole_battery]);
+    trials.extend(support::in_every_mode(named![holds]));
+    support::run(trials)
+}
+
+fn selftest(case: &Case, args: &[&str]) -> Ran {
+    let mut command = case.cofferdam(["selftest"]);
+    command.args(args);
+    // The modes' own users must get there.
+    support::case::set_mode(&case.tmp(), 0o755);
+    finish(command)
+}
+
+/// The mode that a case is in, in the JSON of a run.
+#[track_caller]
+fn mode(report: &serde_json::Value, mode: Mode) -> &serde_json::Value {
+    let modes = report["modes"].as_array().unwrap();
+    let found = modes.iter().find(|found| found["mode"] == mode.to_string()).unwrap();
+    assert_eq!(found["unavailable"], serde_json::Value::Null, "{found}");
+    found
+}
+
+fn list(case: &Case) {
+    let listed = selftest(case, &["--list"]).code(0).out();
+    let ids: Vec<&str> = listed.lines().filter_map(|line| line.get(2..)?.split(' ').next()).collect();
+    assert!(ids.len() >= 55, "{} probes: {listed}", ids.len());
+    for id in ["FS-01", "PR-06", "NET-04", "DEV-05", "PS-03", "CAP-02", "SEC-01"] {
+        assert!(listed.contains(&format!("* {id} ")), "{id} is not required: {listed}");
+    }
+    assert!(listed.contains("  SEC-10 "), "{listed}");
+    let one = selftest(case, &["--list", "--only", "fs-14"]).code(0).out();
+    assert_eq!(one.lines().count(), 1, "{one}");
+}
+
+fn unknown_probe(case: &Case) {
+    selftest(case, &["--only", "FS-99"]).code(125).complains("FS-99");
+    selftest(case, &["--expect", "moon"]).code(125);
+}
+
+/// What is expected and can't be had is a failure; what can't be had and isn't expected is told.
+fn expectations(case: &Case) {
+    let own = case.mode.to_string();
+    let ran = selftest(case, &["--json", "--only", "CAP-01", "--expect", &own]).code(0);
+    mode(&serde_json::from_str(&ran.out()).unwrap(), case.mode);
+    // Without any range of sub-ids in sight there is no mode for one.
+    let mut command = case.program("unshare");
+    let hide = "mount --bind /dev/null /etc/subuid && exec \"$@\"";
+    command.args(["--user", "--map-root-user", "--mount", "sh", "-c", hide, "sh"]);
+    command.arg(support::binary()).args(["selftest", "--only", "CAP-01", "--expect", "range", "--json"]);
+    let ran = finish(command).code(1);
+    let report: serde_json::Value = serde_json::from_str(&ran.out()).unwrap();
+    let range = &report["modes"][1];
+    assert_eq!((&range["mode"], &range["expected"]), (&"range".into(), &true.into()));
+    assert!(range["unavailable"].as_str().unwrap().contains("subuid"), "{range}");
+    assert!(report["summary"]["broken"].as_u64().unwrap() >= 1, "{report}");
+}
+
+/// The same run in three formats says the same.
+fn cases_are_the_same(case: &Case) {
+    let ran = selftest(case, &["--json", "--junit", "out.xml", "--only", "CAP-01,SEC-04"]);
+    let report: serde_json::Value = serde_json::from_str(&ran.out()).unwrap();
+    let xml = String::from_utf8(case.read("out.xml")).unwrap();
+    let cases = well_formed(&xml);
+    let modes = report["modes"].as_array().unwrap();
+    let expected: usize = modes
+        .iter()
+        .map(
+            |mode| {
+                if mode["unavailable"].is_null() { mode["probes"].as_array().unwrap().len() + 1 } else { 1 }
+            },
+        )
+        .sum();
+    assert_eq!(cases, expected, "{xml}");
+    assert!(xml.contains("name=\"CAP-01 ") && xml.contains("name=\"LEFT "), "{xml}");
+    let table = selftest(case, &["--only", "CAP-01"]).code(0).out();
+    assert!(
+        table.contains("CAP-01") && table.contains("held") && table.contains("not applicable"),
+        "{table}"
+    );
+}
+
+/// Checks that every element that is opened is closed, in order, and that no text has what must be escaped. Yields the
+/// number of test cases.
+#[track_caller]
+fn well_formed(xml: &str) -> usize {
+    let body = xml.strip_prefix("<?xml version=\"1.0\" encoding=\"UTF-8\"?>").unwrap();
+    let (mut open, mut cases) = (Vec::new(), 0);
+    for piece in body.split('<').skip(1) {
+        let (tag, text) = piece.split_once('>').unwrap();
+        assert!(!text.contains('>') && !tag.contains('&') || piece.contains(';'), "{piece}");
+        let name = tag.trim_start_matches('/').split([' ', '/']).next().unwrap();
+        match (tag.starts_with('/'), tag.ends_with('/')) {
+            (true, _) => assert_eq!(open.pop(), Some(name), "{xml}"),
+            (false, false) => open.push(name),
+            (false, true) => {}
+        }
+        cases += usize::from(!tag.starts_with('/') && name == "testcase");
+    }
+    assert!(open.is_empty(), "{open:?} stay open in {xml}");
+    cases
+}
+
+/// Promises that hold in each mode. As root the battery changes to the other modes' users itself.
+fn holds(case: &Case) {
+    let ran = selftest(case, &["--json", "--only", SOME]);
+    let report: serde_json::Value = serde_json::from_str(&ran.out()).unwrap();
+    let mode = mode(&report, case.mode);
+    for probe in mode["probes"].as_array().unwrap() {
+        assert_eq!(probe["outcome"], "held", "{probe}");
+    }
+    assert_eq!(mode["probes"].as_array().unwrap().len(), SOME.split(',').count());
+    assert_eq!(mode["left"]["outcome"], "held", "{mode}");
+    ran.code(0);
+}
+
+/// In every mode there is, every probe comes to a verdict of its own: none hangs, dies or is left out, and nothing is left of them.
+fn whole_battery(case: &Case) {
+    let listed = selftest(case, &["--list"]).out().lines().count();
+    let ran = selftest(case, &["--json"]);
+    let report: serde_json::Value = serde_json::from_str(&ran.out()).unwrap();
+    mode(&report, case.mode);
+    for mode in report["modes"].as_array().unwrap().iter().filter(|mode| mode["unavailable"].is_null()) {
+        let probes = mode["probes"].as_array().unwrap();
+        assert_eq!(probes.len(), listed);
+        for probe in probes {
+            let reasons = probe["reasons"].to_string();
+            for sign in
+                ["without a verdict", "no verdict", "did not run it", "checked nothing", "left behind"]
+            {
+                assert!(!reasons.contains(sign), "{probe}");
+            }
+        }
+        assert_eq!(mode["left"]["outcome"], "held", "{mode}");
+    }
+    let broken = report["summary"]["broken"].as_u64().unwrap();
+    assert_eq!(ran.status.code(), Some(if broken > 0 { 1 } else { 0 }), "{ran}");
+}
