@@ -2,12 +2,13 @@
 
 use std::fmt;
 use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
-use tokio::net::UnixStream;
+use tokio::net::{TcpStream, UnixStream};
 use tonic::transport::{Channel, Endpoint};
 
 /// Longest path of a unix socket in bytes: `sun_path` of Linux without its NUL.
@@ -56,14 +57,57 @@ impl Address {
         let connecting = async {
             match self {
                 Self::Unix(path) => connect_unix(path).await,
-                Self::Tcp { host, port } => {
-                    let endpoint = Endpoint::from_shared(format!("http://{host}:{port}"))?;
-                    let endpoint = endpoint.http2_keep_alive_interval(KEEP_ALIVE);
-                    endpoint.keep_alive_timeout(KEEP_ALIVE).connect_timeout(CONNECT_TIMEOUT).connect().await
-                }
+                Self::Tcp { host, port } => connect_tcp(host, *port).await,
             }
         };
         connecting.await.map_err(|source| ConnectError { address: self.clone(), source })
+    }
+}
+
+async fn connect_tcp(host: &str, port: u16) -> Result<Channel, tonic::transport::Error> {
+    let endpoint = Endpoint::from_shared(format!("http://{host}:{port}"))?;
+    let endpoint = endpoint.http2_keep_alive_interval(KEEP_ALIVE).keep_alive_timeout(KEEP_ALIVE);
+    let host = host.to_owned();
+    let connector = tower::service_fn(move |_| {
+        let host = host.clone();
+        async move {
+            let stream = TcpStream::connect(resolve(&host, port).await?.as_slice()).await?;
+            stream.set_nodelay(true)?;
+            Ok::<_, io::Error>(TokioIo::new(stream))
+        }
+    });
+    endpoint.connect_timeout(CONNECT_TIMEOUT).connect_with_connector(connector).await
+}
+
+/// The addresses of a host: a name, an IPv4 address, or an IPv6 address that may stand in brackets.
+///
+/// Names are asked of `getent(1)`, not of the C library: in a static program it loads, of whatever version the host has,
+/// what `/etc/nsswitch.conf` names, and may well crash there.
+///
+/// # Errors
+/// Where the name is unknown, or there is no `getent`.
+pub async fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
+    if let Ok(address) = bare.parse::<IpAddr>() {
+        return Ok(vec![(address, port).into()]);
+    }
+    if bare.eq_ignore_ascii_case("localhost") {
+        return Ok(vec![(Ipv4Addr::LOCALHOST, port).into(), (Ipv6Addr::LOCALHOST, port).into()]);
+    }
+    let name = bare.to_owned();
+    let ask = move || std::process::Command::new("getent").args(["ahosts", "--", &name]).output();
+    let said = tokio::task::spawn_blocking(ask).await.map_err(io::Error::from)??;
+    let said = String::from_utf8_lossy(&said.stdout);
+    let mut found: Vec<SocketAddr> = Vec::new();
+    for address in said.lines().filter_map(|line| line.split_whitespace().next()?.parse::<IpAddr>().ok()) {
+        let address = (address, port).into();
+        if !found.contains(&address) {
+            found.push(address);
+        }
+    }
+    match found.is_empty() {
+        true => Err(io::Error::new(io::ErrorKind::AddrNotAvailable, format!("the host {bare} is unknown"))),
+        false => Ok(found),
     }
 }
 

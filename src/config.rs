@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use cofferdam_sandbox::cgroup::Choice;
 
+use cofferdam_sandbox::seccomp::Profile;
+
 use crate::isolation::Demands;
 use crate::size::{Share, Size};
 
@@ -28,6 +30,8 @@ pub struct Settings {
     pub limits: LimitSettings,
     /// The program that is `/bin/sh` for builds that ask for one; it must be statically linked.
     pub shell: Option<PathBuf>,
+    /// What system calls builds are refused.
+    pub profile: Profile,
     /// What is demanded of the sandbox.
     pub isolation: Demands,
 }
@@ -109,6 +113,7 @@ impl Settings {
             network: NetworkPolicy::Refused,
             limits: LimitSettings::default(),
             shell: None,
+            profile: Profile::default(),
             isolation: Demands::default(),
         }
     }

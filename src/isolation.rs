@@ -8,7 +8,9 @@ use std::fmt;
 use std::str::FromStr;
 
 use cofferdam_sandbox::Identity;
+use cofferdam_sandbox::cgroup::Controller;
 use cofferdam_sandbox::ids::OwnIds;
+use cofferdam_sandbox::seccomp::Profile;
 
 /// The name of the response metadata that carries a build's [`Strength`].
 pub const METADATA: &str = "x-cofferdam-isolation";
@@ -24,18 +26,24 @@ pub enum Demand {
     Off,
 }
 
-/// A layer that can be demanded. Namespaces of its own every build has, and a system call filter unless it is off.
+/// A layer that can be demanded. Namespaces of its own every build has; of its network the operator decides apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Layer {
     /// User and group ids that no other running build has.
     Ids,
+    /// The filter of system calls.
+    Seccomp,
+    /// The Landlock domain around abstract sockets and signals.
+    Landlock,
+    /// A cgroup that limits memory and processes of a build as a whole.
+    Cgroup,
     /// Inputs shown by FUSE, not laid out as files.
     Inputs,
 }
 
 impl Layer {
     /// All of them.
-    pub const ALL: [Layer; 2] = [Layer::Ids, Layer::Inputs];
+    pub const ALL: [Layer; 5] = [Layer::Ids, Layer::Seccomp, Layer::Landlock, Layer::Cgroup, Layer::Inputs];
 }
 
 /// What is demanded of every layer.
@@ -43,13 +51,26 @@ impl Layer {
 pub struct Demands {
     /// Of [`Layer::Ids`].
     pub ids: Demand,
+    /// Of [`Layer::Seccomp`].
+    pub seccomp: Demand,
+    /// Of [`Layer::Landlock`].
+    pub landlock: Demand,
+    /// Of [`Layer::Cgroup`].
+    pub cgroup: Demand,
     /// Of [`Layer::Inputs`].
     pub inputs: Demand,
 }
 
 impl Default for Demands {
     fn default() -> Self {
-        Self { ids: Demand::Preferred, inputs: Demand::Preferred }
+        Self {
+            ids: Demand::Preferred,
+            // Every kernel that has the rest of what a build takes has this.
+            seccomp: Demand::Required,
+            landlock: Demand::Preferred,
+            cgroup: Demand::Preferred,
+            inputs: Demand::Preferred,
+        }
     }
 }
 
@@ -58,6 +79,9 @@ impl Demands {
     pub fn of(&mut self, layer: Layer) -> &mut Demand {
         match layer {
             Layer::Ids => &mut self.ids,
+            Layer::Seccomp => &mut self.seccomp,
+            Layer::Landlock => &mut self.landlock,
+            Layer::Cgroup => &mut self.cgroup,
             Layer::Inputs => &mut self.inputs,
         }
     }
@@ -97,11 +121,17 @@ impl Demand {
     }
 }
 
-/// What a build's sandbox is made of. Its text, as in `ids=own; inputs=fuse; network=none`, is what clients get.
+/// What a build's sandbox is made of. Its text, as in `ids=own; seccomp=parity; network=none`, is what clients get.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Strength {
     /// Whose ids builds run under.
     pub ids: Ids,
+    /// What system calls are refused.
+    pub seccomp: Option<Profile>,
+    /// The version of Landlock whose scopes builds are kept in.
+    pub landlock: Option<u32>,
+    /// What a cgroup limits; empty without one.
+    pub cgroup: Vec<Controller>,
     /// How inputs are shown.
     pub inputs: Inputs,
     /// What the build reaches.
@@ -171,7 +201,12 @@ impl fmt::Display for Strength {
             Network::None => "none",
             Network::Host => "host",
         };
-        write!(f, "ids={ids}; namespaces={namespaces}; inputs={inputs}; network={network}")
+        let seccomp = self.seccomp.map_or("none".into(), |profile| profile.to_string());
+        let landlock = self.landlock.map_or("none".into(), |version| version.to_string());
+        let cgroup: Vec<&str> = self.cgroup.iter().map(|controller| controller.name()).collect();
+        let cgroup = if cgroup.is_empty() { "none".into() } else { cgroup.join(",") };
+        write!(f, "ids={ids}; namespaces={namespaces}; seccomp={seccomp}; landlock={landlock}; ")?;
+        write!(f, "cgroup={cgroup}; inputs={inputs}; network={network}")
     }
 }
 
@@ -179,6 +214,9 @@ impl fmt::Display for Layer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Layer::Ids => "ids",
+            Layer::Seccomp => "seccomp",
+            Layer::Landlock => "landlock",
+            Layer::Cgroup => "cgroup",
             Layer::Inputs => "inputs",
         })
     }
@@ -231,6 +269,23 @@ mod tests {
             assert_eq!(demand.settle(Layer::Inputs, has), with, "{demand:?}");
             assert_eq!(demand.settle(Layer::Inputs, lacks), without, "{demand:?}");
         }
+    }
+
+    #[test]
+    fn strength_is_told_in_one_line() {
+        let strength = Strength {
+            ids: Ids::Own,
+            seccomp: Some(Profile::Strict),
+            landlock: None,
+            cgroup: vec![Controller::Memory, Controller::Pids],
+            inputs: Inputs::Copies,
+            network: Network::None,
+        };
+        assert_eq!(
+            strength.to_string(),
+            "ids=own; namespaces=user,mnt,pid,net,ipc,uts,cgroup; seccomp=strict; landlock=none; \
+             cgroup=memory,pids; inputs=copies; network=none"
+        );
     }
 
     #[test]

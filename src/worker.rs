@@ -11,9 +11,10 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsE
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use cofferdam_sandbox::cgroup::{self, Cgroups};
+use cofferdam_sandbox::cgroup::{self, Cgroups, Privilege};
 use cofferdam_sandbox::ids::{EnterError, Entered, IdClaim};
-use cofferdam_sandbox::{Identity, Leftovers, SpawnError, Spawner};
+use cofferdam_sandbox::seccomp::Profile;
+use cofferdam_sandbox::{Identity, Leftovers, SpawnError, Spawner, landlock, seccomp};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::build::{Builder, Sandboxes, ScratchError};
@@ -159,7 +160,7 @@ impl Groundwork {
         // The spawner, too, takes some for each sandbox.
         raise_descriptor_limit();
         // Before the spawner, which is to be where this program is.
-        let cgroups = cgroup::find(&settings.limits.cgroup, privilege)?;
+        let cgroups = find_cgroups(&settings, privilege)?;
         tracing::info!(limits = %cgroups.status, "cgroups");
         let leftovers = Leftovers {
             mounts: vec![state.view()],
@@ -197,11 +198,55 @@ impl Groundwork {
         // Opened whether they are used or not: the last worker may have used them, and left some in a crash.
         let copies = Copies::open(store.clone(), &state.copies(), identity.copies_owner())?;
         let inputs = Inputs::choose(settings.isolation.inputs, view, copies)?;
-        let strength =
-            Strength { ids: Ids::from(&identity), inputs: inputs.strength(), network: Network::None };
+        let strength = Strength {
+            ids: Ids::from(&identity),
+            seccomp: settings.isolation.seccomp.settle(Layer::Seccomp, || has_seccomp(settings.profile))?,
+            landlock: settings.isolation.landlock.settle(Layer::Landlock, has_landlock)?,
+            cgroup: match &limits {
+                cgroup::Status::Version2 { controllers, .. } => controllers.clone(),
+                cgroup::Status::None { .. } => Vec::new(),
+            },
+            inputs: inputs.strength(),
+            network: Network::None,
+        };
         let sandboxes = Sandboxes { identity, strength, spawner, cgroups };
         let builder = Builder::new(settings, sandboxes, store.clone(), inputs, &state.builds())?;
         Ok(Worker { store, builder, limits, _state: state, _claim: claim })
+    }
+}
+
+/// The cgroups that limit builds, as far as they are demanded.
+fn find_cgroups(settings: &Settings, privilege: Privilege) -> Result<cgroup::Found, WorkerStartError> {
+    let off = cgroup::Choice::Off;
+    let choice = match settings.isolation.cgroup {
+        Demand::Off => &off,
+        Demand::Required | Demand::Preferred => &settings.limits.cgroup,
+    };
+    let found = cgroup::find(choice, privilege)?;
+    let limits = match &found.status {
+        cgroup::Status::Version2 { controllers, at } if controllers.is_empty() => {
+            Err(format!("{} has no controllers", at.display()))
+        }
+        cgroup::Status::Version2 { .. } => Ok(()),
+        cgroup::Status::None { reason } => Err(reason.clone()),
+    };
+    settings.isolation.cgroup.settle(Layer::Cgroup, || limits)?;
+    Ok(found)
+}
+
+fn has_seccomp(profile: Profile) -> Result<Profile, String> {
+    seccomp::supported().map(|()| profile).map_err(|errno| format!("the kernel takes no filters: {errno}"))
+}
+
+/// The version of Landlock, if it has the scopes that builds are kept in.
+fn has_landlock() -> Result<u32, String> {
+    match landlock::abi() {
+        Some(version) if version >= landlock::ABI_OF_SCOPES => Ok(version),
+        Some(version) => Err(format!(
+            "the kernel has version {version} of Landlock, and scopes came with {}",
+            landlock::ABI_OF_SCOPES
+        )),
+        None => Err("the kernel has no Landlock, or it is turned off (see lsm= in its command line)".into()),
     }
 }
 

@@ -20,8 +20,11 @@ use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::{self, ForkResult, Gid, Pid, Uid, User};
+use nix::unistd::{self, ForkResult, Gid, Pid, Uid};
+
 use serde::{Deserialize, Serialize};
+
+use crate::users::User;
 
 /// The user id that a build sees as its own.
 pub const BUILD_UID: u32 = 1000;
@@ -390,7 +393,7 @@ pub(crate) const MIN_SUBORDINATE: u32 = 3;
 
 impl Subordinate {
     fn find(uid: Uid) -> Result<Self, String> {
-        let name = User::from_uid(uid).ok().flatten().map(|user| user.name);
+        let name = User::with_id(uid.as_raw()).map(|user| user.name);
         let range = |file: &str| {
             let lines = fs::read_to_string(file).unwrap_or_default();
             subordinate_range(&lines, uid.as_raw(), name.as_deref())

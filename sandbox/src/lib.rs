@@ -32,6 +32,7 @@ pub mod seccomp;
 mod sources;
 mod spawner;
 mod sys;
+pub mod users;
 
 pub use ids::{IdMap, Identity, Owner};
 pub use plan::{

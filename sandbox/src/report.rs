@@ -131,6 +131,8 @@ pub enum Step {
     HostName,
     /// A session keyring of its own is joined.
     Keyring,
+    /// A device node is tried, with the build's rights.
+    Device,
     /// Ids and capabilities are given up.
     DropPrivileges,
     /// User namespaces are forbidden.
@@ -199,6 +201,7 @@ impl fmt::Display for Step {
             Step::Loopback => "bring up loopback",
             Step::HostName => "set the host name",
             Step::Keyring => "join a keyring of its own",
+            Step::Device => "open, under the build's id, the device",
             Step::DropPrivileges => "give up privileges",
             Step::ForbidUserNamespaces => "forbid user namespaces",
             Step::Landlock => "keep the host's abstract sockets and processes out of reach (Landlock)",

@@ -95,6 +95,17 @@ pub enum Unsupported {
         /// Why it can't be had.
         source: io::Error,
     },
+    /// The path is a device that builds may not open.
+    #[error(
+        "constraints.available_ro_paths: builds can't open the device \"{}\" of this worker: {source}; its mode or \
+         access list must let their user ids read and write it", .path.display()
+    )]
+    ClosedDevice {
+        /// The path.
+        path: PathBuf,
+        /// The refusal.
+        source: io::Error,
+    },
     /// It has no shell to offer.
     #[error(
         "constraints.provide_bin_sh: this worker has no /bin/sh for builds; its operator can name one with \

@@ -15,6 +15,7 @@ pub mod logs;
 mod offer;
 mod outputs;
 mod plan;
+mod rehearsal;
 pub mod request;
 mod sandbox;
 mod scratch;
@@ -32,7 +33,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use cofferdam_sandbox::cgroup::{BuildCgroup, Cgroups};
-use cofferdam_sandbox::{ExitStatus, Identity, Report, SpawnError, Spawner, landlock, seccomp};
+use cofferdam_sandbox::{ExitStatus, Identity, Landlock, Report, SpawnError, Spawner};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::castore::Store;
@@ -183,6 +184,17 @@ impl Builder {
     /// # Cancel safety
     /// Dropping the future takes the request back.
     pub async fn start(&self, request: Request) -> Result<Build, Fault> {
+        let devices: Vec<PathBuf> =
+            request.constraints.ro_paths.iter().filter(|path| offer::is_device(path)).cloned().collect();
+        if !devices.is_empty() {
+            self.rehearse_devices(devices).await?;
+        }
+        let build = self.take_on(request).await?;
+        tracing::info!(build = %build.id, isolation = %build.strength, "build started");
+        Ok(build)
+    }
+
+    async fn take_on(&self, request: Request) -> Result<Build, Fault> {
         let request = Arc::new(request);
         let check = {
             let (means, request) = (Arc::clone(&self.0), Arc::clone(&request));
@@ -206,7 +218,6 @@ impl Builder {
             },
             ..self.0.strength.clone()
         };
-        tracing::info!(build = %id, isolation = %strength, "build started");
         let running = Arc::new(Running { lease, request, offer, id: id.clone() });
         tokio::spawn(running.run(tell_end, sender));
         Ok(Build { id, strength, events, end: Some(end) })
@@ -475,8 +486,11 @@ impl Running {
             host_paths: self.offer.host_paths.clone(),
             shell: self.lease.settings.shell.clone(),
             network_files,
-            seccomp: Some(seccomp::Profile::Parity),
-            landlock: landlock::offered(),
+            seccomp: self.lease.strength.seccomp,
+            landlock: match self.lease.strength.landlock {
+                Some(_) => Landlock::Scoped,
+                None => Landlock::Off,
+            },
         }
     }
 

@@ -1,6 +1,7 @@
 //! Whether this worker can carry out a request: what it offers, and whether it has the inputs.
 
-use std::path::PathBuf;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
 
 use nix::sys::sysinfo::sysinfo;
 
@@ -58,6 +59,12 @@ impl Means {
             .map_err(|error| WorkerError::new(WorkerPart::Store, error))?;
         if findings.is_empty() { Ok(()) } else { Err(UnfitInputs(findings).into()) }
     }
+}
+
+/// Whether a path of the host leads to a device node. It may change; then the sandbox finds out.
+pub(super) fn is_device(path: &Path) -> bool {
+    path.metadata()
+        .is_ok_and(|found| found.file_type().is_char_device() || found.file_type().is_block_device())
 }
 
 /// The platforms that this machine builds for, as Nix writes them.

@@ -27,7 +27,7 @@ pub struct BuildArgs {
     #[arg(value_name = "REQUEST.json")]
     request: PathBuf,
     /// Have a daemon do it: unix:PATH, HOST:PORT, grpc+unix:PATH or grpc+http://HOST:PORT
-    #[arg(long, value_name = "ADDR", conflicts_with_all = ["state_dir", "allow_host_path", "sandbox_shell", "isolation"])]
+    #[arg(long, value_name = "ADDR", conflicts_with_all = ["state_dir", "allow_host_path", "sandbox_shell", "profile", "isolation"])]
     #[arg(conflicts_with_all = LimitArgs::NAMES)]
     to: Option<Address>,
     /// Print each event as a line of JSON

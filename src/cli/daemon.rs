@@ -91,7 +91,11 @@ pub fn run(mut args: DaemonArgs) -> Result<u8, Failed> {
     let ground = Groundwork::lay(settings)?;
     let runtime = runtime()?;
     let worker = ground.build()?;
-    runtime.block_on(serve(&args.listen, worker.store.clone(), Some(worker.builder.clone())))
+    runtime.block_on(async {
+        // Whatever keeps builds from running is told now, not to the first client.
+        worker.builder.rehearse().await?;
+        serve(&args.listen, worker.store.clone(), Some(worker.builder.clone())).await
+    })
 }
 
 /// How long clients may take to go once all builds have ended.

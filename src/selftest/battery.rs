@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cofferdam_sandbox::attack::Call;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{Gid, setgroups, setresgid, setresuid};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
@@ -38,6 +39,9 @@ const PROBES_AT_ONCE: usize = 6;
 /// How long the worker's threads stay idle. Short, so that they come and go while probes run, as they do in a daemon
 /// over a day.
 const THREAD_KEEP_ALIVE: Duration = Duration::from_millis(200);
+
+/// How many processes and threads a build may have: fewer than a fork bomb of the probes would start.
+const PROCESSES: u64 = 1024;
 
 /// What the host's side asks for.
 #[derive(Debug, Serialize, Deserialize)]
@@ -117,6 +121,9 @@ fn set_up(assignment: Assignment) -> Result<(tokio::runtime::Runtime, Theatre), 
     // A session keyring of this worker's own, as a login gives one, so that there is one for builds to look for. Without
     // it each thread that puts a key in would make one.
     let _ = Call::KEYCTL_JOIN_NEW_SESSION.make(&mut []);
+    // So that it is the sandbox that forbids core files, and not whoever started this.
+    let _ =
+        getrlimit(Resource::RLIMIT_CORE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_CORE, hard, hard));
     let ground = Groundwork::lay(settings(&dir, mode)).map_err(|error| words(&error))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -142,6 +149,7 @@ fn settings(dir: &Path, mode: Mode) -> Settings {
     settings.max_builds = NonZeroUsize::MIN.saturating_add(2 * PROBES_AT_ONCE);
     settings.allowed_host_paths = vec![dir.join(SHOWN)];
     settings.network = NetworkPolicy::Host;
+    settings.limits.processes = Some(PROCESSES);
     // A mode that is not what it is called must not be run under its name.
     settings.isolation.ids = match mode {
         Mode::Root | Mode::Range => Demand::Required,

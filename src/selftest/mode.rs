@@ -4,7 +4,8 @@ use std::fmt;
 use std::path::Path;
 
 use clap::ValueEnum;
-use nix::unistd::{Gid, Uid, User};
+use cofferdam_sandbox::users::User;
+use nix::unistd::{Gid, Uid};
 use serde::{Deserialize, Serialize};
 
 /// Who runs the worker.
@@ -88,8 +89,8 @@ fn own_mode() -> Mode {
 fn user_for(mode: Mode, own: Mode) -> Result<Option<Become>, String> {
     match (mode, own) {
         _ if mode == own => Ok(None),
-        (Mode::Range, Mode::Root) => range_user().map(Some),
-        (Mode::Single, Mode::Root) => single_user().map(Some),
+        (Mode::Range, Mode::Root) => range_user().and_then(there).map(Some),
+        (Mode::Single, Mode::Root) => single_user().and_then(there).map(Some),
         (Mode::Root, _) => Err("run it as root".into()),
         (Mode::Range, _) => {
             Err("this user has no range in /etc/subuid and /etc/subgid, or newuidmap is not \
@@ -106,11 +107,11 @@ fn range_user() -> Result<Become, String> {
     let ranges = std::fs::read_to_string("/etc/subuid").unwrap_or_default();
     let users = ranges.lines().filter_map(|line| {
         let owner = line.split(':').next()?;
-        let by_id = owner.parse().ok().and_then(|uid| User::from_uid(Uid::from_raw(uid)).ok().flatten());
-        by_id.or_else(|| User::from_name(owner).ok().flatten())
+        let by_id = owner.parse().ok().and_then(User::with_id);
+        by_id.or_else(|| User::named(owner))
     });
-    let found = users.filter(|user| !user.uid.is_root()).find(|user| has_range(user.uid));
-    found.map(|user| Become { uid: user.uid, gid: user.gid }).ok_or_else(|| {
+    let found = users.filter(|user| user.uid != 0).find(|user| has_range(Uid::from_raw(user.uid)));
+    found.map(|user| Become { uid: Uid::from_raw(user.uid), gid: Gid::from_raw(user.gid) }).ok_or_else(|| {
         "no user but root has a range in both /etc/subuid and /etc/subgid, or newuidmap is not installed (Debian: \
          uidmap, Fedora: shadow-utils)"
             .into()
@@ -127,8 +128,32 @@ fn single_user() -> Result<Become, String> {
         .ok_or_else(|| "every user there is has subordinate ids".into())
 }
 
+/// A user whose ids exist in this user namespace.
+fn there(user: Become) -> Result<Become, String> {
+    for (file, id) in [("uid_map", user.uid.as_raw()), ("gid_map", user.gid.as_raw())] {
+        let map = std::fs::read_to_string(Path::new("/proc/self").join(file)).unwrap_or_default();
+        if !is_mapped(&map, id) {
+            return Err(format!("this container has no id {id} to run it under (/proc/self/{file})"));
+        }
+    }
+    Ok(user)
+}
+
+/// Whether an id map as `/proc/PID/uid_map` shows it has this id.
+fn is_mapped(map: &str, id: u32) -> bool {
+    map.lines().any(|line| {
+        let mut fields = line.split_whitespace().map(|field| field.parse::<u64>().ok());
+        let (Some(Some(first)), Some(Some(_)), Some(Some(len))) =
+            (fields.next(), fields.next(), fields.next())
+        else {
+            return false;
+        };
+        (first..first + len).contains(&u64::from(id))
+    })
+}
+
 fn has_range(uid: Uid) -> bool {
-    let name = User::from_uid(uid).ok().flatten().map(|user| user.name);
+    let name = User::with_id(uid.as_raw()).map(|user| user.name);
     let owns = |file: &str| {
         let lines = std::fs::read_to_string(file).unwrap_or_default();
         lines
@@ -159,4 +184,24 @@ pub fn container() -> Option<String> {
     let environment = std::fs::read("/proc/1/environ").unwrap_or_default();
     let told = environment.split(|byte| *byte == 0).any(|variable| variable.starts_with(b"container="));
     told.then(|| "its first process has the variable \"container\"".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_is_mapped_or_not() {
+        let cases = [
+            ("0 0 4294967295\n", 65534, true),
+            ("0 1000 1\n1 100000 65536\n", 65534, true),
+            ("0 1000 1\n", 65534, false),
+            ("0 1000 1\n", 0, true),
+            ("", 0, false),
+            ("nonsense\n", 0, false),
+        ];
+        for (map, id, expected) in cases {
+            assert_eq!(is_mapped(map, id), expected, "{id} in {map:?}");
+        }
+    }
 }

@@ -14,7 +14,7 @@ use nix::sys::stat::{Mode, fchmod};
 use tokio::net::{TcpListener, UnixListener, UnixSocket, UnixStream};
 use tokio::time::{Instant, sleep};
 
-use crate::address::Address;
+use crate::address::{Address, resolve};
 
 /// How many connections may wait to be taken.
 const BACKLOG: u32 = 1024;
@@ -75,11 +75,7 @@ impl Listener {
     pub async fn bind(address: &Address) -> Result<Self, ListenError> {
         let bound = match address {
             Address::Unix(path) => bind_unix(path).await,
-            Address::Tcp { host, port } => {
-                // The brackets of an IPv6 address are part of the address, not of the name.
-                let host = host.trim_start_matches('[').trim_end_matches(']');
-                TcpListener::bind((host, *port)).await.map(Self::Tcp)
-            }
+            Address::Tcp { host, port } => bind_tcp(host, *port).await.map(Self::Tcp),
         };
         bound.map_err(|source| ListenError { address: address.clone(), source })
     }
@@ -97,6 +93,10 @@ impl Listener {
             },
         })
     }
+}
+
+async fn bind_tcp(host: &str, port: u16) -> io::Result<TcpListener> {
+    TcpListener::bind(resolve(host, port).await?.as_slice()).await
 }
 
 async fn bind_unix(path: &Path) -> io::Result<Listener> {

@@ -95,6 +95,7 @@ fn set_up(plan: &Plan, mut go: File, sources: File) -> Result<(), SetupFailure> 
         privileges::limit(&plan.limits, &plan.ids)?;
     }
     privileges::drop_all()?;
+    privileges::try_devices(plan)?;
     // Both need the no_new_privs of that. The filter comes last: what is before may use any call.
     if kept(Layer::Landlock) && kept(Layer::NoNewPrivs) {
         confine::restrict(plan.landlock)?;

@@ -1,13 +1,17 @@
 //! What the sandbox's first process gives up, and the state a build starts in.
 
+use std::fs::Metadata;
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+
 use nix::errno::Errno;
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::unistd::{self, Gid, Uid};
+use nix::unistd::{self, AccessFlags, Gid, Uid};
 
 use crate::cgroup::Controller;
 use crate::ids::{BUILD_GID, BUILD_UID, Groups, IdMap};
-use crate::plan::Limits;
+use crate::plan::{Limits, Mount, MountPoint, Plan};
 use crate::report::{SetupFailure, Step};
 use crate::sabotage::{Layer, kept};
 use crate::sys;
@@ -51,6 +55,22 @@ pub fn drop_all() -> Result<(), SetupFailure> {
         prctl::set_dumpable(!kept(Layer::Dumpable))
     };
     step().map_err(|errno| SetupFailure::new(Step::DropPrivileges, errno, ""))
+}
+
+/// Whether the build may open the device nodes that it asked for. Opening them could do something.
+pub fn try_devices(plan: &Plan) -> Result<(), SetupFailure> {
+    for MountPoint { at, mount } in &plan.mounts {
+        let at = Path::new("/").join(at);
+        let is_device = |found: Metadata| {
+            let kind = found.file_type();
+            kind.is_char_device() || kind.is_block_device()
+        };
+        if matches!(mount, Mount::HostPath { .. }) && at.symlink_metadata().is_ok_and(is_device) {
+            unistd::eaccess(&at, AccessFlags::R_OK | AccessFlags::W_OK)
+                .map_err(|errno| SetupFailure::new(Step::Device, errno, at.display().to_string()))?;
+        }
+    }
+    Ok(())
 }
 
 /// Must come before the ids change: taking from the set needs a capability.

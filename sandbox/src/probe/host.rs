@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use nix::unistd::{Gid, Uid, User};
+use nix::unistd::{Gid, Uid};
+
+use crate::users::User;
 
 /// The settings that refuse namespaces.
 const SYSCTLS: [&str; 10] = [
@@ -104,7 +106,7 @@ impl Host {
             kernel: kernel(),
             uid: uid.as_raw(),
             gid: gid.as_raw(),
-            user: User::from_uid(uid).ok().flatten().map(|user| user.name),
+            user: User::with_id(uid.as_raw()).map(|user| user.name),
             is_admin: crate::ids::is_privileged(),
             sysctls: SYSCTLS.into_iter().filter_map(|name| Some((name, sysctl(name)?))).collect(),
             mounts: parse_mounts(&text("/proc/self/mountinfo")),

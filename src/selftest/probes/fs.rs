@@ -15,6 +15,7 @@ use nix::fcntl::OFlag;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode as Bits, SFlag, makedev, mknod};
 use nix::sys::statfs::{PROC_SUPER_MAGIC, statfs};
+use nix::sys::statvfs::{FsFlags, statvfs};
 use nix::unistd::{chdir, chroot, geteuid};
 
 use super::tools::{c_string, names, nested, number, open_to_write, open_with};
@@ -631,6 +632,10 @@ fn copy_up(_: &Act, findings: &mut Findings) {
 }
 
 fn read_only_root(_: &Act, findings: &mut Findings) {
+    // By the mount, not only by who owns it.
+    if let Some(found) = findings.works("look at the mount of /", statvfs("/")) {
+        findings.check(found.flags().contains(FsFlags::ST_RDONLY), "/ is not mounted read-only");
+    }
     let refusals = [Errno::EACCES, Errno::EROFS, Errno::EPERM];
     for file in ["/x", "/etc/x", "/etc/passwd", "/nix/x", "/bin/sh", "/usr/x", "/var/x", "/dev/x"] {
         // Where there is no such directory, none must be made either.

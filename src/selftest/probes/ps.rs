@@ -117,7 +117,6 @@ fn read_kernel(_: &Act, findings: &mut Findings) {
         "/proc/kcore",
         "/proc/kmsg",
         "/proc/keys",
-        "/proc/key-users",
         "/proc/timer_list",
         "/proc/sched_debug",
         "/proc/latency_stats",
