@@ -48,7 +48,7 @@ fn script(container: &[&str], program: &Path, arguments: &[&str]) -> Command {
     script
 }
 
-fn build<'a>(script: &'a str) -> Vec<&'a str> {
+fn build(script: &str) -> Vec<&str> {
     RUN.into_iter().chain([script]).collect()
 }
 
