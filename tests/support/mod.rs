@@ -38,6 +38,8 @@ pub enum Facility {
     Cgroup2,
     /// The C sources of `scripts/sources`.
     Sources,
+    /// The containers of `scripts/container`.
+    Container,
 }
 
 impl Facility {
@@ -52,6 +54,7 @@ impl Facility {
             Facility::Calls32 => "calls32",
             Facility::Cgroup2 => "cgroup2",
             Facility::Sources => "sources",
+            Facility::Container => "container",
         }
     }
 
