@@ -23,6 +23,7 @@ mod child;
 pub mod ids;
 pub mod landlock;
 pub mod measure;
+pub mod pasta;
 pub mod plan;
 pub mod probe;
 mod report;
@@ -35,6 +36,7 @@ mod sys;
 pub mod users;
 
 pub use ids::{IdMap, Identity, Owner};
+pub use pasta::Pasta;
 pub use plan::{
     Access, Command, Entry, Landlock, Layer, Limits, Mount, MountPoint, Network, Plan, TmpfsSize,
 };

@@ -2,6 +2,7 @@
 //! kernel demands.
 
 pub(crate) mod confine;
+pub mod forwarder;
 mod init;
 pub(crate) mod masks;
 mod net;
@@ -40,7 +41,8 @@ pub struct Streams {
     pub report: OwnedFd,
     /// Yields what the sandbox is made of.
     pub sources: OwnedFd,
-    /// Yields one byte when the id map is written, and ends with the spawner.
+    /// Yields one byte when the id map is written, another when the network is there, where one is made, and ends with
+    /// the spawner.
     pub go: OwnedFd,
 }
 
@@ -87,7 +89,7 @@ fn set_up(plan: &Plan, mut go: File, sources: File) -> Result<(), SetupFailure> 
         confine::forbid_user_namespaces(plan.seccomp)?;
     }
     rootfs::assemble(plan, sources)?;
-    net::set_up(plan.network)?;
+    net::set_up(&plan.network, &mut go)?;
     if kept(Layer::Uts) {
         set_names()?;
     }

@@ -88,7 +88,7 @@ pub fn in_sandbox<S, T: Serialize + DeserializeOwned>(
         let (go, gone) = unistd::pipe2(OFlag::O_CLOEXEC).act("make a pipe")?;
         let opened = open()?;
         // SAFETY: this process is a copy of one with one thread.
-        let cloned = unsafe { sys::clone_process(server::namespaces(Network::Own).bits(), None) };
+        let cloned = unsafe { sys::clone_process(server::namespaces(&Network::Own).bits(), None) };
         match cloned.act(CLONE)? {
             sys::Cloned::Child => {
                 drop((answer, gone));

@@ -3,7 +3,7 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, IoSliceMut, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -19,12 +19,13 @@ use nix::sys::wait::waitpid;
 use nix::unistd::{self, Pid};
 use serde::de::DeserializeOwned;
 
+use super::pasta::{Forwarder, Progress};
 use super::{Leftovers, Stdio, Subject};
 use crate::cgroup::Others;
 use crate::child;
 use crate::ids::IdMap;
 use crate::plan::{Network, Plan};
-use crate::report::{Report, SetupFailure, Step};
+use crate::report::{ExitStatus, Report, SetupFailure, Step};
 use crate::sabotage::{Layer, kept};
 use crate::{scratch, sys};
 
@@ -56,8 +57,12 @@ struct Running {
     /// Whether the owner is still to be listened to.
     owner: Owner,
     report: File,
-    /// Its end tells the child that the spawner is gone.
-    _go: File,
+    /// Tells the child to go on. Its end tells the child that the spawner is gone.
+    go: File,
+    /// What connects it to the network, if anything does.
+    forwarder: Option<Forwarder>,
+    /// Why the network is gone, where it is.
+    network_lost: Option<String>,
 }
 
 #[derive(PartialEq, Eq)]
@@ -135,6 +140,8 @@ impl Server {
             if sandbox.owner == Owner::Listening {
                 fds.push(PollFd::new(sandbox.control.as_fd(), PollFlags::POLLIN));
             }
+            let forwarder = sandbox.forwarder.iter().flat_map(Forwarder::fds);
+            fds.extend(forwarder.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
         }
         match poll(&mut fds, PollTimeout::NONE) {
             Ok(_) | Err(Errno::EINTR) => {}
@@ -148,6 +155,7 @@ impl Server {
                 sandbox.owner = Owner::WantsItDead;
                 sandbox.kill();
             }
+            sandbox.watch_forwarder(&ready);
         }
         let ended = |sandbox: &mut Running| ready.contains(&sandbox.pidfd.as_raw_fd());
         for sandbox in self.sandboxes.extract_if(.., ended).collect::<Vec<_>>() {
@@ -187,13 +195,15 @@ impl Server {
         // Too few: the descriptor limit was reached. The owner sees its socket close.
         } else if let Ok([plan, sources, stdout, stderr, control]) = <[OwnedFd; 5]>::try_from(fds) {
             match launch(plan, sources, Stdio { stdout, stderr }) {
-                Ok((pid, pidfd, report, go)) => self.sandboxes.push(Running {
+                Ok(Launched { pid, pidfd, report, go, forwarder }) => self.sandboxes.push(Running {
                     pid,
                     pidfd,
                     control: control.into(),
                     owner: Owner::Listening,
                     report,
-                    _go: go,
+                    go,
+                    forwarder,
+                    network_lost: None,
                 }),
                 Err(failure) => tell(&control.into(), &Report::NotSetUp(failure)),
             }
@@ -228,9 +238,26 @@ impl Running {
         let _ = sys::pidfd_send_signal(self.pidfd.as_fd(), libc::SIGKILL);
     }
 
+    /// Deals with what the forwarder has to tell.
+    fn watch_forwarder(&mut self, ready: &[RawFd]) {
+        let Some(forwarder) = &mut self.forwarder else { return };
+        match forwarder.look(|fd| ready.contains(&fd.as_raw_fd())) {
+            Progress::None => {}
+            // A sandbox that has ended does not want to know.
+            Progress::Connected => drop(self.go.write_all(&[1])),
+            // The build would meet errors and be blamed for them.
+            Progress::Ended => {
+                self.network_lost = Some(forwarder.last_words());
+                self.kill();
+            }
+        }
+    }
+
     /// Reaps the sandbox's first process, by whose end all others are dead, and tells the owner.
     fn bury(mut self) {
         let _ = waitpid(self.pid, None);
+        // Of what is told as dead, nothing lives.
+        self.forwarder = None;
         let mut bytes = Vec::new();
         // No writer is left, so this ends.
         let read = Read::by_ref(&mut self.report).take(Report::MAX_BYTES as u64).read_to_end(&mut bytes);
@@ -238,6 +265,11 @@ impl Running {
         let report = match (read, postcard::take_from_bytes::<Report>(&bytes)) {
             (Ok(_), Ok((report, _))) => report,
             _ => Report::Killed,
+        };
+        let report = match self.network_lost {
+            // A build that was done by then needed no network any more.
+            Some(why) if report != Report::Ended(ExitStatus::Code(0)) => Report::NetworkLost { why },
+            _ => report,
         };
         tell(&self.control, &report);
     }
@@ -250,13 +282,22 @@ fn tell(control: &UnixStream, report: &Report) {
     }
 }
 
-/// Makes a sandbox: clones its first process and gives it ids.
-fn launch(plan: OwnedFd, sources: OwnedFd, stdio: Stdio) -> Result<(Pid, OwnedFd, File, File), SetupFailure> {
+/// A sandbox that was just made.
+struct Launched {
+    pid: Pid,
+    pidfd: OwnedFd,
+    report: File,
+    go: File,
+    forwarder: Option<Forwarder>,
+}
+
+/// Makes a sandbox: clones its first process, gives it ids, and starts what connects it to the network.
+fn launch(plan: OwnedFd, sources: OwnedFd, stdio: Stdio) -> Result<Launched, SetupFailure> {
     let plan = read_plan(plan)?;
     let pipe = || unistd::pipe2(OFlag::O_CLOEXEC).map_err(|errno| SetupFailure::new(Step::Pipe, errno, ""));
     let (report_read, report) = pipe()?;
     let (go, go_write) = pipe()?;
-    let namespaces = namespaces(plan.network);
+    let namespaces = namespaces(&plan.network);
     let cgroup = plan.cgroup.as_deref().map(open_cgroup).transpose()?;
     // SAFETY: the spawner has one thread for life.
     let cloned = unsafe { sys::clone_process(namespaces.bits(), cgroup.as_ref().map(|dir| dir.as_fd())) }
@@ -269,16 +310,32 @@ fn launch(plan: OwnedFd, sources: OwnedFd, stdio: Stdio) -> Result<(Pid, OwnedFd
         }
         sys::Cloned::Parent { pid, pidfd } => {
             let mut go_write = File::from(go_write);
-            let mapped = write_maps(pid, &plan.ids).and_then(|()| {
-                go_write.write_all(&[1]).map_err(|_| SetupFailure::new(Step::MapIds, Errno::EPIPE, ""))
+            let started = write_maps(pid, &plan.ids).and_then(|()| {
+                let forwarder = forward(&plan, pid, pidfd.as_fd())?;
+                let go = go_write.write_all(&[1]);
+                go.map_err(|_| SetupFailure::new(Step::MapIds, Errno::EPIPE, "")).map(|()| forwarder)
             });
-            if let Err(failure) = mapped {
-                let _ = sys::pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL);
-                let _ = waitpid(pid, None);
-                return Err(failure);
+            match started {
+                Ok(forwarder) => {
+                    Ok(Launched { pid, pidfd, report: report_read.into(), go: go_write, forwarder })
+                }
+                Err(failure) => {
+                    let _ = sys::pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL);
+                    let _ = waitpid(pid, None);
+                    Err(failure)
+                }
             }
-            Ok((pid, pidfd, File::from(report_read), go_write))
         }
+    }
+}
+
+/// Starts what connects the sandbox to the network, if anything is to. The sandbox need not wait for it yet.
+fn forward(plan: &Plan, pid: Pid, pidfd: BorrowedFd<'_>) -> Result<Option<Forwarder>, SetupFailure> {
+    match &plan.network {
+        Network::Pasta { pasta, name_servers } if kept(Layer::Network) => {
+            Forwarder::start(pasta, name_servers, &plan.ids, (pid, pidfd)).map(Some)
+        }
+        _ => Ok(None),
     }
 }
 
@@ -289,7 +346,7 @@ fn open_cgroup(path: &Path) -> Result<OwnedFd, SetupFailure> {
 }
 
 /// The namespaces of a sandbox, but for that of cgroups, which it makes itself.
-pub fn namespaces(network: Network) -> CloneFlags {
+pub fn namespaces(network: &Network) -> CloneFlags {
     let mut namespaces = CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID;
     for (layer, namespace) in [(Layer::Ipc, CloneFlags::CLONE_NEWIPC), (Layer::Uts, CloneFlags::CLONE_NEWUTS)]
     {
@@ -297,7 +354,7 @@ pub fn namespaces(network: Network) -> CloneFlags {
             namespaces |= namespace;
         }
     }
-    if network == Network::Own && kept(Layer::Network) {
+    if *network != Network::Host && kept(Layer::Network) {
         namespaces |= CloneFlags::CLONE_NEWNET;
     }
     namespaces
