@@ -14,6 +14,7 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 pub mod case;
 pub mod daemon;
 pub mod leftovers;
+pub mod world;
 
 pub use case::{Case, Mode};
 
@@ -38,6 +39,8 @@ pub enum Facility {
     Cgroup2,
     /// The C sources of `scripts/sources`.
     Sources,
+    /// pasta, `/dev/net/tun` open to everyone, and root to make networks for it.
+    Pasta,
 }
 
 impl Facility {
@@ -52,6 +55,7 @@ impl Facility {
             Facility::Calls32 => "calls32",
             Facility::Cgroup2 => "cgroup2",
             Facility::Sources => "sources",
+            Facility::Pasta => "pasta",
         }
     }
 
