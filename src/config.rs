@@ -4,11 +4,12 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
+use cofferdam_sandbox::Pasta;
 use cofferdam_sandbox::cgroup::Choice;
 
 use cofferdam_sandbox::seccomp::Profile;
 
-use crate::isolation::Demands;
+use crate::isolation::{Demands, Network};
 use crate::size::{Share, Size};
 
 /// Everything about a worker that can be chosen.
@@ -24,7 +25,7 @@ pub struct Settings {
     pub max_waiting: usize,
     /// What of the host builds may see, if they ask: these paths and all beneath them.
     pub allowed_host_paths: Vec<PathBuf>,
-    /// Whether builds may use the host's network, if they ask.
+    /// Which network builds get, if they ask.
     pub network: NetworkPolicy,
     /// What each build may use.
     pub limits: LimitSettings,
@@ -89,13 +90,26 @@ pub enum Lifetime {
     Ephemeral,
 }
 
-/// Whether builds may use the host's network.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Which network builds get that ask for one.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NetworkPolicy {
-    /// They may not.
+    /// None: they are refused.
     Refused,
-    /// Those that ask share the host's.
+    /// One of their own each, which this program connects to what the host reaches.
+    Pasta(Pasta),
+    /// The host's.
     Host,
+}
+
+impl NetworkPolicy {
+    /// What builds that ask for a network get.
+    pub fn strength(&self) -> Network {
+        match self {
+            Self::Refused => Network::None,
+            Self::Pasta(_) => Network::Pasta,
+            Self::Host => Network::Host,
+        }
+    }
 }
 
 /// How many builds wait by default before more are refused.

@@ -179,6 +179,8 @@ pub enum Inputs {
 pub enum Network {
     /// Itself.
     None,
+    /// What the host does but for the host itself, from a namespace of its own.
+    Pasta,
     /// All that the host does, in the host's own namespace.
     Host,
 }
@@ -191,7 +193,7 @@ impl fmt::Display for Strength {
         };
         let namespaces = match self.network {
             Network::Host => "user,mnt,pid,ipc,uts,cgroup",
-            Network::None => "user,mnt,pid,net,ipc,uts,cgroup",
+            Network::None | Network::Pasta => "user,mnt,pid,net,ipc,uts,cgroup",
         };
         let inputs = match self.inputs {
             Inputs::Fuse => "fuse",
@@ -199,6 +201,7 @@ impl fmt::Display for Strength {
         };
         let network = match self.network {
             Network::None => "none",
+            Network::Pasta => "pasta",
             Network::Host => "host",
         };
         let seccomp = self.seccomp.map_or("none".into(), |profile| profile.to_string());

@@ -48,7 +48,10 @@ impl Frame {
         };
         Frame {
             ids: plan.ids.clone(),
-            network: if plan.network == Network::Host { Own::Shared } else { Own::Own },
+            network: match plan.network {
+                Network::Host => Own::Shared,
+                Network::Own | Network::Pasta { .. } => Own::Own,
+            },
             seccomp: plan.seccomp,
             root: plan.root.lower.is_none().then(root),
         }

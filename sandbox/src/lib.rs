@@ -25,6 +25,7 @@ pub mod ids;
 pub mod landlock;
 pub mod measure;
 mod message;
+pub mod pasta;
 pub mod plan;
 pub mod probe;
 mod report;
@@ -37,6 +38,7 @@ mod sys;
 pub mod users;
 
 pub use ids::{IdMap, Identity, Owner};
+pub use pasta::Pasta;
 pub use plan::{
     Access, Command, Entry, Landlock, Layer, Limits, Mount, MountPoint, Network, Plan, TmpfsSize,
 };

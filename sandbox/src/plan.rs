@@ -3,12 +3,14 @@
 //! Paths *inside* the sandbox are relative to its root and clean (no leading `/`, no `.` or `..`).
 //! Paths *outside* are sources: absolute, or relative to [`Plan::base`].
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::Controller;
 use crate::ids::IdMap;
+use crate::pasta::Pasta;
 use crate::seccomp;
 
 /// All that the child needs to know.
@@ -167,10 +169,19 @@ pub enum Access {
 }
 
 /// Whose network the command sees.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Network {
     /// A namespace of its own, with loopback alone.
     Own,
+    /// A namespace of its own that reaches what the host reaches, but not the host's loopback. The command starts once
+    /// it does. Where pasta ends before the command, so does the command.
+    Pasta {
+        /// The program that connects it.
+        pasta: Pasta,
+        /// Addresses in the namespace, at most one of each family, at which the first name server of its family answers
+        /// that the host's `/etc/resolv.conf` has.
+        name_servers: Vec<IpAddr>,
+    },
     /// The host's.
     Host,
 }

@@ -21,6 +21,11 @@ pub enum Report {
     NotSetUp(SetupFailure),
     /// The first process of the sandbox was killed from outside.
     Killed,
+    /// The program that connected the sandbox to the network ended before the command, which was killed for that.
+    NetworkLost {
+        /// How it ended, and what it said.
+        why: String,
+    },
 }
 
 impl Report {
@@ -127,6 +132,10 @@ pub enum Step {
     Pivot,
     /// Loopback is brought up.
     Loopback,
+    /// The program that connects the sandbox to the network is started.
+    StartForwarder,
+    /// The network is waited for.
+    AwaitNetwork,
     /// Host and domain name are set.
     HostName,
     /// A session keyring of its own is joined.
@@ -199,6 +208,8 @@ impl fmt::Display for Step {
             Step::ReadOnly => "make read-only",
             Step::Pivot => "change the root",
             Step::Loopback => "bring up loopback",
+            Step::StartForwarder => "start the program for the sandbox's network,",
+            Step::AwaitNetwork => "connect the sandbox to the network",
             Step::HostName => "set the host name",
             Step::Keyring => "join a keyring of its own",
             Step::Device => "open, under the build's id, the device",

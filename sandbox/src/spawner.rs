@@ -8,6 +8,7 @@
 //! When the program ends, however it does, its end of the spawner's own socket closes. The spawner then kills every
 //! sandbox, removes what they left on disk, and ends.
 
+mod pasta;
 pub(crate) mod server;
 pub(crate) mod stock;
 

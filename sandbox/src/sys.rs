@@ -59,9 +59,18 @@ pub unsafe fn clone_process(namespaces: c_int, cgroup: Option<BorrowedFd<'_>>) -
 
 /// Waits for any child to end. Not through `nix`, which has no words for children that real-time signals ended.
 pub fn wait() -> Result<(nix::unistd::Pid, ExitStatus), Errno> {
+    wait_pid(-1)
+}
+
+/// Waits for this child to end.
+pub fn wait_for(child: nix::unistd::Pid) -> Result<ExitStatus, Errno> {
+    wait_pid(child.as_raw()).map(|(_, status)| status)
+}
+
+fn wait_pid(which: libc::pid_t) -> Result<(nix::unistd::Pid, ExitStatus), Errno> {
     let mut status = 0;
     // SAFETY: `status` lives across the call.
-    let pid = Errno::result(unsafe { libc::waitpid(-1, &raw mut status, 0) })?;
+    let pid = Errno::result(unsafe { libc::waitpid(which, &raw mut status, 0) })?;
     let status = match libc::WIFSIGNALED(status) {
         true => ExitStatus::Signal(libc::WTERMSIG(status)),
         false => ExitStatus::Code(libc::WEXITSTATUS(status)),

@@ -115,7 +115,7 @@ pub enum Unsupported {
     /// It lets no build reach the network.
     #[error(
         "constraints.network_access: this worker gives builds no network; its operator can, with \
-             --allow-host-network"
+             --allow-network"
     )]
     NoNetwork,
     /// It can't isolate builds well enough, and so does none.

@@ -12,6 +12,7 @@ pub mod error;
 pub mod events;
 mod limits;
 pub mod logs;
+pub(crate) mod network;
 mod offer;
 mod outputs;
 mod plan;
@@ -47,6 +48,7 @@ use admission::{Slot, Slots};
 use error::{Cause, Fault, WorkerError, WorkerPart};
 use events::{Event, Output};
 use limits::{Budget, Disk, Reached, Watch};
+use network::Connection;
 use offer::Offer;
 use outputs::{Intake, IntakeError};
 use plan::{Layout, Site};
@@ -61,9 +63,6 @@ const EVENTS_IN_FLIGHT: usize = 256;
 
 /// How long a killed sandbox may take to end before the view is taken from under it.
 const END_PATIENCE: Duration = Duration::from_secs(10);
-
-/// Files of the host's `/etc` that a build with network sees.
-const NETWORK_FILES: [&str; 4] = ["resolv.conf", "services", "hosts", "ssl/certs/ca-certificates.crt"];
 
 /// Carries out builds with the means of one worker.
 #[derive(Clone)]
@@ -214,7 +213,7 @@ impl Builder {
         let strength = Strength {
             network: match request.constraints.network {
                 Network::None => isolation::Network::None,
-                Network::Required => isolation::Network::Host,
+                Network::Required => self.0.settings.network.strength(),
             },
             ..self.0.strength.clone()
         };
@@ -418,7 +417,7 @@ impl Running {
         let shown = self.show(cancelled)?;
         let cgroup = lease.cgroups.as_ref().map(|all| all.create(id, &lease.budget.limits)).transpose();
         let cgroup = cgroup.map_err(|error| WorkerError::new(WorkerPart::Sandbox, error))?;
-        let site = self.site(shown.as_ref(), cgroup.as_ref());
+        let site = self.site(shown.as_ref(), cgroup.as_ref(), self.connection()?);
         let Layout { plan, on_disk, outputs } = plan::lay_out(request, site);
         let scratch = lease
             .scratch
@@ -452,6 +451,16 @@ impl Running {
         self.lease.inputs.show(&self.id, &self.request.inputs, cancelled).map(Some)
     }
 
+    /// The build's way to the network, if it asks for one.
+    fn connection(&self) -> Result<Option<Connection>, WorkerError> {
+        match self.request.constraints.network {
+            Network::None => Ok(None),
+            Network::Required => network::connect(&self.lease.settings.network)
+                .map(Some)
+                .map_err(|error| WorkerError::new(WorkerPart::Sandbox, error)),
+        }
+    }
+
     /// The limits that the end of the build has to do with.
     async fn reached(&self, report: &Report, held: &Held) -> Result<Reached, Fault> {
         let readings = held.cgroup.as_ref().map(BuildCgroup::readings).unwrap_or_default();
@@ -467,15 +476,12 @@ impl Running {
         Ok(budget.reached(report, &readings, longest_file))
     }
 
-    fn site(&self, shown: Option<&Shown>, cgroup: Option<&BuildCgroup>) -> Site {
-        let network_files = match self.request.constraints.network {
-            Network::None => Vec::new(),
-            // A host without one of them gives its builds none either.
-            Network::Required => NETWORK_FILES
-                .iter()
-                .filter_map(|name| Some(((*name).into(), std::fs::read(format!("/etc/{name}")).ok()?)))
-                .collect(),
-        };
+    fn site(
+        &self,
+        shown: Option<&Shown>,
+        cgroup: Option<&BuildCgroup>,
+        connection: Option<Connection>,
+    ) -> Site {
         Site {
             build_dir: self.lease.scratch.path_of(&self.id),
             inputs: shown.map(|shown| shown.path().into()),
@@ -485,7 +491,7 @@ impl Running {
             shm: self.lease.budget.shm,
             host_paths: self.offer.host_paths.clone(),
             shell: self.lease.settings.shell.clone(),
-            network_files,
+            connection,
             seccomp: self.lease.strength.seccomp,
             landlock: match self.lease.strength.landlock {
                 Some(_) => Landlock::Scoped,

@@ -37,9 +37,9 @@ impl Means {
             Err(source) => Err(Unsupported::HostPathMissing { path: path.clone(), source }),
         });
         let host_paths = host_paths.collect::<Result<_, _>>()?;
-        match (needs.network, self.settings.network) {
+        match (needs.network, &self.settings.network) {
             (Network::Required, NetworkPolicy::Refused) => return Err(Unsupported::NoNetwork),
-            (Network::Required, NetworkPolicy::Host) | (Network::None, _) => {}
+            (Network::Required, NetworkPolicy::Pasta(_) | NetworkPolicy::Host) | (Network::None, _) => {}
         }
         match (needs.shell, &self.settings.shell) {
             (Shell::Required, None) => Err(Unsupported::NoShell),

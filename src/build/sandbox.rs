@@ -93,6 +93,10 @@ pub fn judge(report: Report, request: &Request, reached: &Reached) -> Result<(),
         Report::NotSetUp(failure) => {
             return Err(Fault::from(WorkerError::new(WorkerPart::Sandbox, failure)).into());
         }
+        Report::NetworkLost { why } => {
+            let lost = format!("the build lost its network: {why}");
+            return Err(Fault::from(WorkerError::new(WorkerPart::Sandbox, lost)).into());
+        }
         Report::Killed => {
             let killed = "its first process was killed from outside";
             return Err(Fault::from(WorkerError::new(WorkerPart::Sandbox, killed)).into());

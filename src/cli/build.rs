@@ -8,6 +8,7 @@ use clap::Args;
 
 use super::isolation::IsolationArgs;
 use super::limits::LimitArgs;
+use super::network::{self, NetworkChoice};
 use super::render::{self, End, Format};
 use super::{Failed, Signals, StateArgs, cannot, path_parser, runtime, shell, start_failed_here};
 use crate::address::Address;
@@ -27,7 +28,7 @@ pub struct BuildArgs {
     #[arg(value_name = "REQUEST.json")]
     request: PathBuf,
     /// Have a daemon do it: unix:PATH, HOST:PORT, grpc+unix:PATH or grpc+http://HOST:PORT
-    #[arg(long, value_name = "ADDR", conflicts_with_all = ["state_dir", "allow_host_path", "sandbox_shell", "profile", "isolation"])]
+    #[arg(long, value_name = "ADDR", conflicts_with_all = ["state_dir", "allow_host_path", "allow_network", "sandbox_shell", "profile", "isolation"])]
     #[arg(conflicts_with_all = LimitArgs::NAMES)]
     to: Option<Address>,
     /// Print each event as a line of JSON
@@ -38,6 +39,9 @@ pub struct BuildArgs {
     /// Let the build see PATH of this host, and all beneath it, if the request asks for it; may be repeated
     #[arg(long, value_name = "PATH", value_parser = path_parser())]
     allow_host_path: Vec<PathBuf>,
+    /// Give the build this network, if the request asks for one
+    #[arg(long, value_name = "NETWORK")]
+    allow_network: Option<NetworkChoice>,
     /// Give the build this statically linked program as /bin/sh, if the request asks for one
     #[arg(long, value_name = "PATH", value_parser = path_parser())]
     sandbox_shell: Option<PathBuf>,
@@ -61,6 +65,7 @@ pub fn run(args: BuildArgs) -> Result<u8, Failed> {
             let mut settings = Settings::new(args.state.resolve()?, Lifetime::Lasting);
             settings.max_builds = NonZeroUsize::MIN;
             settings.allowed_host_paths = args.allow_host_path;
+            settings.network = network::policy(args.allow_network, "--allow-network")?;
             settings.limits = args.limits.settings(Floor::None);
             settings.shell = args.sandbox_shell.map(shell::checked).transpose()?;
             args.isolation.apply(&mut settings);

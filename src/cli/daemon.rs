@@ -10,11 +10,12 @@ use tokio::task::JoinSet;
 
 use super::isolation::IsolationArgs;
 use super::limits::LimitArgs;
+use super::network::{self, NetworkChoice};
 use super::{Failed, Signals, StateArgs, path_parser, remark, runtime, shell};
 use crate::address::Address;
 use crate::build::Builder;
 use crate::castore::{LocalStore, Store};
-use crate::config::{self, Floor, Lifetime, NetworkPolicy, Settings};
+use crate::config::{self, Floor, Lifetime, Settings};
 use crate::server::Services;
 use crate::server::listen::Listener;
 use crate::worker::{Groundwork, StateDir};
@@ -37,9 +38,9 @@ pub struct DaemonArgs {
     /// Let builds that ask for it see PATH of this host, and all beneath it, read-only; may be repeated
     #[arg(long, value_name = "PATH", value_parser = path_parser())]
     allow_host_path: Vec<PathBuf>,
-    /// Let builds that ask for network share the host's, with all that it reaches
-    #[arg(long)]
-    allow_host_network: bool,
+    /// Give builds that ask for network this one; all that ask are refused otherwise
+    #[arg(long, value_name = "NETWORK")]
+    allow_network: Option<NetworkChoice>,
     /// Give builds that ask for a shell this statically linked program as /bin/sh
     #[arg(long, value_name = "PATH", value_parser = path_parser())]
     sandbox_shell: Option<PathBuf>,
@@ -77,11 +78,9 @@ pub fn run(mut args: DaemonArgs) -> Result<u8, Failed> {
     settings.max_waiting = args.max_waiting;
     settings.allowed_host_paths = args.allow_host_path;
     settings.shell = args.sandbox_shell.map(shell::checked).transpose()?;
+    settings.network = network::policy(args.allow_network, "--allow-network")?;
     args.isolation.apply(&mut settings);
     settings.limits = args.limits.settings(Floor::Share);
-    if args.allow_host_network {
-        settings.network = NetworkPolicy::Host;
-    }
 
     if args.no_builds {
         let state = StateDir::take(&settings.state_dir, settings.lifetime)?;

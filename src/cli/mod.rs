@@ -5,6 +5,7 @@ pub mod daemon;
 pub mod doctor;
 mod isolation;
 mod limits;
+mod network;
 pub mod probe;
 mod render;
 pub mod run;

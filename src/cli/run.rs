@@ -13,6 +13,7 @@ use nix::unistd::{AccessFlags, eaccess};
 
 use super::isolation::IsolationArgs;
 use super::limits::LimitArgs;
+use super::network::{self, NetworkChoice};
 use super::render::{End, Format};
 use super::{Failed, Signals, build, cannot, path_parser, remark, runtime, store};
 use crate::build::events::Output;
@@ -62,9 +63,9 @@ pub struct RunArgs {
     /// Set a variable of the command's environment; may be repeated
     #[arg(long, value_name = "KEY=VALUE")]
     env: Vec<OsString>,
-    /// Let the command use this host's network, with all that it reaches
-    #[arg(long)]
-    network: bool,
+    /// Give the command a network [default without NETWORK: pasta]
+    #[arg(long, value_name = "NETWORK", num_args = 0..=1, require_equals = true, default_missing_value = "pasta")]
+    network: Option<NetworkChoice>,
     /// Search the outputs for S and tell which of them contain it; may be repeated
     #[arg(long, value_name = "S")]
     needle: Vec<OsString>,
@@ -99,7 +100,7 @@ pub fn run(args: RunArgs) -> Result<u8, Failed> {
     let mut settings = Settings::new(state_dir, lifetime);
     settings.max_builds = NonZeroUsize::MIN;
     settings.allowed_host_paths = wanted.draft.constraints.ro_paths.clone();
-    settings.network = NetworkPolicy::Host;
+    settings.network = wanted.network.clone();
     isolation.apply(&mut settings);
     settings.limits = wanted.limits.clone();
     let ground = Groundwork::lay(settings)?;
@@ -146,6 +147,7 @@ struct Wanted {
     out_dir: PathBuf,
     state_dir: Option<PathBuf>,
     format: Format,
+    network: NetworkPolicy,
     limits: LimitSettings,
     /// The request but for its inputs.
     draft: Draft,
@@ -154,6 +156,7 @@ struct Wanted {
 impl Wanted {
     fn from_args(args: RunArgs) -> Result<(IsolationArgs, Self), Failed> {
         let inputs = inputs(&args.input)?;
+        let network = network::policy(args.network, "--network")?;
         if let Some(rootfs) = &args.rootfs {
             std::fs::read_dir(rootfs).map_err(|error| cannot("use root file system", rootfs, error))?;
         }
@@ -174,7 +177,7 @@ impl Wanted {
             environment: environment(&args.env)?,
             constraints: Constraints {
                 ro_paths: host_paths(args.host_path, args.host_tools)?,
-                network: if args.network { Network::Required } else { Network::None },
+                network: if args.network.is_some() { Network::Required } else { Network::None },
                 shell: Shell::None,
                 ..Constraints::default()
             },
@@ -193,6 +196,7 @@ impl Wanted {
             state_dir: args.state_dir,
             limits: args.limits.settings(Floor::None),
             format: if args.json { Format::Json } else { Format::Plain },
+            network,
         };
         Ok((args.isolation, wanted))
     }

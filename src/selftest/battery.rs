@@ -11,6 +11,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use cofferdam_sandbox::Pasta;
 use cofferdam_sandbox::attack::Call;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{Gid, setgroups, setresgid, setresuid};
@@ -163,7 +164,7 @@ fn settings(dir: &Path, mode: Mode, inputs: Demand) -> Settings {
     settings.limits.scratch = Some(Size(SCRATCH_BYTES));
     settings.limits.processes = Some(PROCESSES);
     settings.allowed_host_paths = vec![dir.join(SHOWN)];
-    settings.network = NetworkPolicy::Host;
+    settings.network = network();
     settings.isolation.inputs = inputs;
     // A mode that is not what it is called must not be run under its name.
     settings.isolation.ids = match mode {
@@ -171,6 +172,13 @@ fn settings(dir: &Path, mode: Mode, inputs: Demand) -> Settings {
         Mode::Single => Demand::Off,
     };
     settings
+}
+
+/// The network of builds that ask for one: of their own where there can be one. Older versions of pasta end where there is
+/// none to connect to.
+fn network() -> NetworkPolicy {
+    let pasta = Pasta::find().ok().filter(|_| crate::build::network::is_connected());
+    pasta.map_or(NetworkPolicy::Host, NetworkPolicy::Pasta)
 }
 
 fn serve(runtime: &tokio::runtime::Runtime, theatre: &Arc<Theatre>) -> io::Result<()> {

@@ -12,6 +12,7 @@ mod data;
 mod endings;
 mod faults;
 mod limits;
+mod network;
 mod sandbox;
 mod streams;
 
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
     trials.extend(support::in_every_mode(limits::tests()));
     trials.extend(support::in_own_mode(limits::tests_in_own_mode()));
     trials.extend(limits::cgroup_tests());
+    trials.extend(network::trials());
     trials.push(support::in_mode("full_disk", support::Mode::Root, faults::full_disk));
     support::run(trials)
 }

@@ -227,6 +227,13 @@ impl Case {
 
     /// A program as the mode's user, in the working directory, with an environment of its own.
     pub fn program(&self, program: impl AsRef<OsStr>) -> Command {
+        let mut command = self.program_of_callers(program);
+        self.mode.becomes(&mut command);
+        command
+    }
+
+    /// The same as the user who runs the tests.
+    fn program_of_callers(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new(program);
         command
             .current_dir(self.path(""))
@@ -237,7 +244,18 @@ impl Case {
             .env("LC_ALL", "C")
             .env("COFFERDAM_TEST_SECRET", "of the host")
             .stdin(Stdio::null());
-        self.mode.becomes(&mut command);
+        command
+    }
+
+    /// The binary, as the mode's user, in the network and with the mounts of process `pid`. Takes root.
+    pub fn cofferdam_in(&self, pid: u32) -> Command {
+        let mut command = self.program_of_callers("nsenter");
+        command.args(["--target", &pid.to_string(), "--net", "--mount"]);
+        if let Some(id) = self.mode.ids().map(|id| id.to_string()) {
+            command.args(["--setuid", &id, "--setgid", &id]);
+        }
+        // Changing mounts changes the working directory.
+        command.args(["env", "--chdir"]).arg(self.path("")).arg(binary());
         command
     }
 

@@ -14,6 +14,7 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 pub mod case;
 pub mod daemon;
 pub mod leftovers;
+pub mod world;
 
 pub use case::{Case, Mode};
 
@@ -40,6 +41,8 @@ pub enum Facility {
     Sources,
     /// The containers of `scripts/container`.
     Container,
+    /// pasta, `/dev/net/tun` open to everyone, and root to make networks for it.
+    Pasta,
 }
 
 impl Facility {
@@ -55,6 +58,7 @@ impl Facility {
             Facility::Cgroup2 => "cgroup2",
             Facility::Sources => "sources",
             Facility::Container => "container",
+            Facility::Pasta => "pasta",
         }
     }
 

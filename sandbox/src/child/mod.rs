@@ -2,6 +2,7 @@
 //! kernel demands.
 
 pub(crate) mod confine;
+pub mod forwarder;
 mod init;
 pub(crate) mod masks;
 mod net;
@@ -42,7 +43,8 @@ pub struct Streams {
     pub report: OwnedFd,
     /// Yields the [`Order`], once there is one.
     pub orders: OwnedFd,
-    /// Yields one byte when the id map is written, and ends with the spawner.
+    /// Yields one byte when the id map is written, another when the network is there, where one is made, and ends with
+    /// the spawner.
     pub go: OwnedFd,
 }
 
@@ -131,6 +133,7 @@ fn receive_order(orders: &File) -> Result<(Plan, Sources), SetupFailure> {
 
 fn set_up(plan: &Plan, root: Root, sources: Sources, go: &mut File) -> Result<(), SetupFailure> {
     rootfs::assemble(plan, root, sources)?;
+    net::set_up(&plan.network, go)?;
     if kept(Layer::Limits) {
         privileges::limit(&plan.limits, &plan.ids)?;
     }

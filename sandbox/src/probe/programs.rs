@@ -1,13 +1,15 @@
 //! Files and programs of the host that builds get help from.
 
-use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+
+use nix::errno::Errno;
 
 use super::host::Host;
 use super::outcome::{Act, Found, Tried, Trouble};
 use super::trial::attempt;
 use crate::ids;
+use crate::pasta::{Pasta, PastaError};
 
 /// What the two files give this user.
 pub fn subordinate_ids(host: &Host) -> Tried {
@@ -39,32 +41,25 @@ pub fn id_helpers(host: &Host) -> Tried {
     Ok(Found::with(format!("{}, {}", uids.display(), gids.display())))
 }
 
-/// The options of pasta that cut a build off from the host's own addresses.
-const PASTA_OPTIONS: [&str; 7] =
-    ["--config-net", "--tcp-ports", "--udp-ports", "--tcp-ns", "--udp-ns", "--no-map-gw", "--foreground"];
-
 /// Whether there is a pasta that takes the options that a build's network needs.
 pub fn pasta() -> Tried {
-    let Some(path) = ids::find_program("pasta") else {
-        return Err(Trouble::said("find pasta", "it is not installed"));
-    };
     attempt(|| {
-        let version = words_of(&path, "--version")?;
-        let help = words_of(&path, "--help")?;
-        let lacking: Vec<&str> = PASTA_OPTIONS.into_iter().filter(|option| !help.contains(option)).collect();
-        if !lacking.is_empty() {
-            return Err(Trouble::said("use pasta", format!("it does not know {}", lacking.join(" "))));
-        }
-        // With it, it makes its interface.
-        File::options().read(true).write(true).open("/dev/net/tun").act("open /dev/net/tun")?;
+        let pasta = Pasta::find().map_err(|error| match error {
+            PastaError::NotInstalled => Trouble::said("find pasta", "it is not installed"),
+            PastaError::Run { program, source } => Trouble::io(format!("run {}", program.display()), &source),
+            PastaError::Unsuitable { said, .. } => Trouble::said("use pasta", said),
+            // With it, it makes its interface.
+            PastaError::NoTun(source) => Trouble::io("open /dev/net/tun", &source),
+            PastaError::ClosedTun { .. } => Trouble::errno("open /dev/net/tun", Errno::EACCES),
+        })?;
+        let version = words_of(pasta.program(), "--version")?;
         let version = version.lines().next().unwrap_or_default().trim().to_owned();
-        Ok(Found::with(format!("{version}, {}", path.display())))
+        Ok(Found::with(format!("{version}, {}", pasta.program().display())))
     })
 }
 
-fn words_of(program: &PathBuf, option: &str) -> Result<String, Trouble> {
+fn words_of(program: &Path, option: &str) -> Result<String, Trouble> {
     let act = format!("run {} {option}", program.display());
-    // Old ones print their help to standard error.
     let output = Command::new(program).arg(option).stdin(Stdio::null()).output().act(&act)?;
     let text = [output.stdout, output.stderr].concat();
     Ok(String::from_utf8_lossy(&text).into_owned())

@@ -120,6 +120,7 @@ fn judge(report: Report, output: OwnedFd) -> Tried {
             Err(Trouble::errno("execute a program in a sandbox", Errno::from_raw(errno)))
         }
         Report::NotSetUp(failure) => Err(failure.into()),
+        Report::NetworkLost { why } => Err(Trouble::said(ACT, why)),
         Report::Killed => Err(Trouble::said(ACT, "it was killed from outside")),
     }
 }

@@ -3,7 +3,7 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -15,16 +15,18 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, send};
 use nix::sys::stat::Mode;
 use nix::sys::wait::waitpid;
-use nix::unistd;
+use nix::unistd::{self, Pid};
 
+use super::pasta::{Forwarder, Progress};
 use super::stock::{Framed, Shelf};
 use super::{Leftovers, Stock, Subject};
 use crate::cgroup::Others;
 use crate::child::Order;
 use crate::frame::Frame;
 use crate::message::{self, Fds};
-use crate::plan::Plan;
-use crate::report::{Report, SetupFailure, Step};
+use crate::plan::{Network, Plan};
+use crate::report::{ExitStatus, Report, SetupFailure, Step};
+use crate::sabotage::{Layer, kept};
 use crate::{scratch, sys};
 
 /// Serves what comes over `socket`, until the program ends. Yields the exit code.
@@ -56,6 +58,10 @@ struct Running {
     control: UnixStream,
     /// Whether the owner is still to be listened to.
     owner: Owner,
+    /// What connects it to the network, if anything does.
+    forwarder: Option<Forwarder>,
+    /// Why the network is gone, where it is.
+    network_lost: Option<String>,
 }
 
 #[derive(PartialEq, Eq)]
@@ -134,6 +140,8 @@ impl Server {
             if sandbox.owner == Owner::Listening {
                 fds.push(PollFd::new(sandbox.control.as_fd(), PollFlags::POLLIN));
             }
+            let forwarder = sandbox.forwarder.iter().flat_map(Forwarder::fds);
+            fds.extend(forwarder.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
         }
         fds.extend(self.shelf.pidfds().map(|pidfd| PollFd::new(pidfd, PollFlags::POLLIN)));
         // Whoever asks for something comes first.
@@ -150,6 +158,7 @@ impl Server {
                 sandbox.owner = Owner::WantsItDead;
                 sandbox.kill();
             }
+            sandbox.watch_forwarder(&ready);
         }
         let ended = |sandbox: &mut Running| ready.contains(&sandbox.framed.pidfd.as_raw_fd());
         for sandbox in self.sandboxes.extract_if(.., ended).collect::<Vec<_>>() {
@@ -183,9 +192,13 @@ impl Server {
         } else if let Ok([plan, sources, stdout, stderr, control]) = <[OwnedFd; 5]>::try_from(fds) {
             let control = UnixStream::from(control);
             match self.launch(Order { plan, sources, stdout, stderr }) {
-                Ok(framed) => {
-                    self.sandboxes.push(Running { framed, control, owner: Owner::Listening });
-                }
+                Ok((framed, forwarder)) => self.sandboxes.push(Running {
+                    framed,
+                    control,
+                    owner: Owner::Listening,
+                    forwarder,
+                    network_lost: None,
+                }),
                 Err(failure) => tell(&control, &Report::NotSetUp(failure)),
             }
         }
@@ -193,25 +206,26 @@ impl Server {
     }
 
     /// Has a sandbox made to a plan, of one that waits if there is one for it.
-    fn launch(&mut self, order: Order) -> Result<Framed, SetupFailure> {
+    fn launch(&mut self, order: Order) -> Result<(Framed, Option<Forwarder>), SetupFailure> {
         let fail = |errno| SetupFailure::new(Step::ReadPlan, errno, "");
         let plan = order.plan.try_clone().map_err(|_| fail(Errno::EMFILE))?;
         let plan: Plan = message::read(plan).map_err(fail)?;
         let frame = Frame::of(&plan);
-        if let Some(cgroup) = &plan.cgroup {
-            // Moving a process there would take longer than making one.
-            let framed = Framed::new(&frame, Some(open_cgroup(cgroup)?.as_fd()))?;
-            return send_order(framed, &order);
+        // Moving a process to a cgroup would take longer than making one, and pasta comes before the ids.
+        if plan.cgroup.is_some() || matches!(plan.network, Network::Pasta { .. }) {
+            let cgroup = plan.cgroup.as_deref().map(open_cgroup).transpose()?;
+            let cgroup = cgroup.as_ref().map(|dir| dir.as_fd());
+            let (framed, forwarder) =
+                Framed::new_with(&frame, cgroup, |pid, pidfd| forward(&plan, pid, pidfd))?;
+            return send_order(framed, &order).map(|framed| (framed, forwarder));
         }
-        if let Some(framed) = self.shelf.take(&frame)
-            && let Ok(framed) = send_order(framed, &order)
-        {
-            self.shelf.want(frame);
-            return Ok(framed);
-        }
-        let framed = send_order(Framed::new(&frame, None)?, &order)?;
+        let waiting = self.shelf.take(&frame).and_then(|framed| send_order(framed, &order).ok());
+        let framed = match waiting {
+            Some(framed) => framed,
+            None => send_order(Framed::new(&frame, None)?, &order)?,
+        };
         self.shelf.want(frame);
-        Ok(framed)
+        Ok((framed, None))
     }
 }
 
@@ -251,9 +265,26 @@ impl Running {
         let _ = sys::pidfd_send_signal(self.framed.pidfd.as_fd(), libc::SIGKILL);
     }
 
+    /// Deals with what the forwarder has to tell.
+    fn watch_forwarder(&mut self, ready: &[RawFd]) {
+        let Some(forwarder) = &mut self.forwarder else { return };
+        match forwarder.look(|fd| ready.contains(&fd.as_raw_fd())) {
+            Progress::None => {}
+            // A sandbox that has ended does not want to know.
+            Progress::Connected => drop(self.framed.go.write_all(&[1])),
+            // The build would meet errors and be blamed for them.
+            Progress::Ended => {
+                self.network_lost = Some(forwarder.last_words());
+                self.kill();
+            }
+        }
+    }
+
     /// Reaps the sandbox's first process, by whose end all others are dead, and tells the owner.
     fn bury(mut self) {
         let _ = waitpid(self.framed.pid, None);
+        // Of what is told as dead, nothing lives.
+        self.forwarder = None;
         let mut bytes = Vec::new();
         // No writer is left, so this ends.
         let read =
@@ -263,6 +294,11 @@ impl Running {
             (Ok(_), Ok((report, _))) => report,
             _ => Report::Killed,
         };
+        let report = match self.network_lost {
+            // A build that was done by then needed no network any more.
+            Some(why) if report != Report::Ended(ExitStatus::Code(0)) => Report::NetworkLost { why },
+            _ => report,
+        };
         tell(&self.control, &report);
     }
 }
@@ -271,6 +307,16 @@ fn tell(control: &UnixStream, report: &Report) {
     if let Ok(bytes) = postcard::to_stdvec(report) {
         // An owner that is gone does not want to know. There is room: nothing else is ever sent.
         let _ = send(control.as_raw_fd(), &bytes, MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT);
+    }
+}
+
+/// Starts what connects the sandbox to the network, if anything is to. The sandbox need not wait for it yet.
+fn forward(plan: &Plan, pid: Pid, pidfd: BorrowedFd<'_>) -> Result<Option<Forwarder>, SetupFailure> {
+    match &plan.network {
+        Network::Pasta { pasta, name_servers } if kept(Layer::Network) => {
+            Forwarder::start(pasta, name_servers, &plan.ids, (pid, pidfd)).map(Some)
+        }
+        _ => Ok(None),
     }
 }
 

@@ -35,6 +35,15 @@ pub struct Framed {
 impl Framed {
     /// Clones a first process and gives it ids. It goes on by itself as far as it can.
     pub fn new(frame: &Frame, cgroup: Option<BorrowedFd<'_>>) -> Result<Self, SetupFailure> {
+        Self::new_with(frame, cgroup, |_, _| Ok(())).map(|(framed, ())| framed)
+    }
+
+    /// The same, with something that must be done to the process while it waits for its ids.
+    pub fn new_with<T>(
+        frame: &Frame,
+        cgroup: Option<BorrowedFd<'_>>,
+        first: impl FnOnce(Pid, BorrowedFd<'_>) -> Result<T, SetupFailure>,
+    ) -> Result<(Self, T), SetupFailure> {
         let pipe =
             || unistd::pipe2(OFlag::O_CLOEXEC).map_err(|errno| SetupFailure::new(Step::Pipe, errno, ""));
         let (report_read, report) = pipe()?;
@@ -56,11 +65,12 @@ impl Framed {
                     orders: orders_write,
                 };
                 let mapped = write_maps(pid, &frame.ids).and_then(|()| {
+                    let made = first(pid, framed.pidfd.as_fd())?;
                     let go = (&framed.go).write_all(&[1]);
-                    go.map_err(|_| SetupFailure::new(Step::MapIds, Errno::EPIPE, ""))
+                    go.map_err(|_| SetupFailure::new(Step::MapIds, Errno::EPIPE, "")).map(|()| made)
                 });
                 match mapped {
-                    Ok(()) => Ok(framed),
+                    Ok(made) => Ok((framed, made)),
                     Err(failure) => {
                         framed.end();
                         Err(failure)

@@ -21,7 +21,8 @@ use cofferdam_sandbox::{
     Plan, TmpfsSize, seccomp,
 };
 
-use super::request::{Network, Request, SandboxPath, Shell};
+use super::network::Connection;
+use super::request::{Request, SandboxPath, Shell};
 
 /// The device nodes that every build sees.
 const DEVICES: [&str; 6] = ["full", "null", "random", "tty", "urandom", "zero"];
@@ -60,8 +61,8 @@ pub struct Site {
     pub host_paths: Vec<PathBuf>,
     /// The program that appears as `/bin/sh` where one is asked for, its path free of symbolic links.
     pub shell: Option<PathBuf>,
-    /// Files of the host's `/etc` that a build with network sees, by name.
-    pub network_files: Vec<(String, Vec<u8>)>,
+    /// The build's way to the network; `None` where it asks for none.
+    pub connection: Option<Connection>,
     /// Which system calls the build is refused.
     pub seccomp: Option<seccomp::Profile>,
     /// What more of the outside is kept from it than namespaces do.
@@ -146,10 +147,7 @@ pub fn lay_out(request: &Request, site: Site) -> Layout {
                 entries: draft.entries,
             },
             mounts: draft.mounts,
-            network: match request.constraints.network {
-                Network::None => SandboxNetwork::Own,
-                Network::Required => SandboxNetwork::Host,
-            },
+            network: site.connection.map_or(SandboxNetwork::Own, |connection| connection.network),
             seccomp: site.seccomp,
             landlock: site.landlock,
             cgroup: site.cgroup,
@@ -304,13 +302,11 @@ impl Draft {
     /// The files that every build sees in `/etc`, unless the request has something of its own there.
     fn etc(&mut self, request: &Request, site: &Site) {
         let mut files = vec![("passwd", PASSWD.as_bytes()), ("group", GROUP.as_bytes())];
-        match request.constraints.network {
-            Network::None => files.push(("hosts", HOSTS.as_bytes())),
-            Network::Required => {
+        match &site.connection {
+            None => files.push(("hosts", HOSTS.as_bytes())),
+            Some(Connection { files: own, .. }) => {
                 files.push(("nsswitch.conf", NSSWITCH.as_bytes()));
-                files.extend(
-                    site.network_files.iter().map(|(name, contents)| (name.as_str(), contents.as_slice())),
-                );
+                files.extend(own.iter().map(|(name, contents)| (name.as_str(), contents.as_slice())));
             }
         }
         let own = request.additional_files.keys().chain([&request.working_dir]);

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use proptest::collection::{btree_map, btree_set, vec};
 use proptest::prelude::*;
 
-use super::super::request::{Constraints, Draft as Parts};
+use super::super::request::{Constraints, Draft as Parts, Network};
 use super::*;
 use crate::castore::{Digest, Name, Node};
 
@@ -50,7 +50,10 @@ fn laid_out(parts: Parts) -> Layout {
         shm: TmpfsSize { bytes: 4096, inodes: 7 },
         host_paths: request.constraints.ro_paths.clone(),
         shell: Some("/static/sh".into()),
-        network_files: vec![("resolv.conf".into(), b"nameserver ::1\n".to_vec())],
+        connection: (request.constraints.network == Network::Required).then(|| Connection {
+            network: SandboxNetwork::Host,
+            files: vec![("resolv.conf".into(), b"nameserver ::1\n".to_vec())],
+        }),
         seccomp: None,
         landlock: cofferdam_sandbox::Landlock::Off,
     };

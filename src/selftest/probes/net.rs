@@ -445,7 +445,7 @@ fn gateway(line: &str) -> Option<Ipv4Addr> {
 }
 
 /// What helpers that give a network are called.
-const HELPERS: [&str; 4] = ["pasta", "passt", "pasta.avx2", "slirp4netns"];
+const HELPERS: [&str; 5] = ["pasta", "passt", "pasta.avx2", "passt.avx2", "slirp4netns"];
 
 async fn helper_ends(stage: &Stage<'_>) -> Outcome {
     let before = helpers();
