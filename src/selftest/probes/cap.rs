@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Gid, Pid, Uid, getgroups, getresgid, getresuid, setgid, setgroups, setuid};
 
-use super::tools::{c_string, field, hold};
+use super::tools::{c_string, field, hidden_init, hold};
 use crate::build::request::Draft;
 use crate::selftest::host::GROUP_FILE;
 use crate::selftest::stage::{Running, Stage};
@@ -61,8 +61,14 @@ pub(super) const PROBES: &[Probe] = &[
     },
 ];
 
-fn no_capabilities(_: &Act, findings: &mut Findings) {
+fn no_capabilities(act: &Act, findings: &mut Findings) {
     for status in ["/proc/self/status", "/proc/1/status"] {
+        let hidden = |error: std::io::Error| {
+            error.raw_os_error().is_some_and(|errno| hidden_init(act).contains(&Errno::from_raw(errno)))
+        };
+        if status == "/proc/1/status" && fs::metadata(status).is_err_and(hidden) {
+            continue;
+        }
         for set in ["CapEff", "CapPrm", "CapInh", "CapAmb", "CapBnd"] {
             let seen = field(status, set).unwrap_or_default();
             findings.same(&format!("{set} of {status}"), seen.as_str(), "0000000000000000");

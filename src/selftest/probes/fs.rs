@@ -18,7 +18,7 @@ use nix::sys::statfs::{PROC_SUPER_MAGIC, statfs};
 use nix::sys::statvfs::{FsFlags, statvfs};
 use nix::unistd::{chdir, chroot, geteuid};
 
-use super::tools::{c_string, names, nested, number, open_to_write, open_with};
+use super::tools::{c_string, hidden_init, names, nested, number, open_to_write, open_with};
 use crate::build::error::Fault;
 use crate::build::request::{Draft, SandboxPath};
 use crate::castore::{Directory, Node, Target};
@@ -127,7 +127,7 @@ pub(super) const PROBES: &[Probe] = &[
 /// Names that a root directory of ours may hold.
 const ROOT: [&str; 7] = ["bin", "build", "dev", "etc", "nix", "proc", "tmp"];
 
-fn own_root_only(_: &Act, findings: &mut Findings) {
+fn own_root_only(act: &Act, findings: &mut Findings) {
     for root in ["/", "/..", "/proc/self/root", "/proc/self/root/..", "/proc/2/root/"] {
         if let Some(seen) = findings.works(&format!("list {root}"), names(root)) {
             let foreign: Vec<&String> = seen.iter().filter(|name| !ROOT.contains(&name.as_str())).collect();
@@ -139,7 +139,10 @@ fn own_root_only(_: &Act, findings: &mut Findings) {
             let foreign: Vec<&String> = seen.iter().filter(|name| !ROOT.contains(&name.as_str())).collect();
             findings.check(foreign.is_empty(), format_args!("/proc/1/root shows {foreign:?}"));
         }
-        refused => findings.refused("list /proc/1/root", refused, &[Errno::EACCES, Errno::EPERM]),
+        refused => {
+            let refusals = [&[Errno::EACCES, Errno::EPERM], hidden_init(act)].concat();
+            findings.refused("list /proc/1/root", refused, &refusals);
+        }
     }
     for old in
         ["/old_root", "/oldroot", "/.old", "/real-root", "/mnt", "/home", "/root", "/sys", "/run", "/var"]

@@ -14,8 +14,8 @@ use nix::fcntl::{OFlag, open};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::Mode;
 
-use crate::selftest::Outcome;
 use crate::selftest::stage::{Running, Stage};
+use crate::selftest::{Act, Mode as WorkerMode, Outcome};
 
 /// The names in a directory.
 pub fn names(dir: impl AsRef<Path>) -> io::Result<BTreeSet<String>> {
@@ -106,4 +106,13 @@ pub async fn until_holding(mut build: Running) -> Result<Running, Outcome> {
 /// Whether a build has ended that should not. It is ended then in any case.
 pub async fn ended(mut build: Running) -> bool {
     tokio::time::timeout(Duration::from_millis(50), build.finish()).await.is_ok()
+}
+
+/// What pid 1's files in `/proc` may answer beside refusals: with a single id they would belong to the build, and are
+/// hidden from it.
+pub fn hidden_init(act: &Act) -> &'static [Errno] {
+    match act.mode {
+        WorkerMode::Single => &[Errno::ENOENT],
+        WorkerMode::Root | WorkerMode::Range => &[],
+    }
 }
