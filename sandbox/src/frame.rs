@@ -7,6 +7,7 @@
 use crate::ids::IdMap;
 use crate::plan::{Entry, Mount, MountPoint, Network, Plan, TmpfsSize};
 use crate::seccomp;
+use crate::ucounts::Share;
 
 /// The frame of a sandbox.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,6 +18,8 @@ pub struct Frame {
     pub network: Own,
     /// Decides on the sandbox's limit of user namespaces.
     pub seccomp: Option<seccomp::Profile>,
+    /// Its limits of what else the kernel counts per user.
+    pub shares: Vec<Share>,
     /// The root's tmpfs, and what is mounted on it; `None` where the root shows a lower directory.
     pub root: Option<Root>,
 }
@@ -53,9 +56,16 @@ impl Frame {
                 Network::Own | Network::Pasta { .. } => Own::Own,
             },
             seccomp: plan.seccomp,
+            shares: shares(plan),
             root: plan.root.lower.is_none().then(root),
         }
     }
+}
+
+/// The limits to be set: those of namespaces only where a build can make any.
+fn shares(plan: &Plan) -> Vec<Share> {
+    let strict = plan.seccomp == Some(seccomp::Profile::Strict);
+    plan.limits.shares.iter().filter(|share| !(strict && share.of.is_namespaces())).copied().collect()
 }
 
 /// Whether a mount is part of the frame: it takes nothing of the host but a device node, and lies in no other.

@@ -35,6 +35,7 @@ pub mod seccomp;
 mod sources;
 mod spawner;
 mod sys;
+pub mod ucounts;
 pub mod users;
 
 pub use ids::{IdMap, Identity, Owner};

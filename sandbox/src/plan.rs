@@ -12,6 +12,7 @@ use crate::cgroup::Controller;
 use crate::ids::IdMap;
 use crate::pasta::Pasta;
 use crate::seccomp;
+use crate::ucounts::Share;
 
 /// All that the child needs to know.
 #[derive(Debug, Serialize, Deserialize)]
@@ -157,6 +158,8 @@ pub struct Limits {
     pub cpu_weight: Option<u16>,
     /// Bytes of each file.
     pub file_size: Option<u64>,
+    /// What the kernel counts per user.
+    pub shares: Vec<Share>,
 }
 
 /// What the command may do to a mount.

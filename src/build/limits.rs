@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use cofferdam_sandbox::cgroup::{Cgroups, Readings};
 use cofferdam_sandbox::measure::{Usage, Walk, measure};
-use cofferdam_sandbox::{ExitStatus, Limits, Report, TmpfsSize};
+use cofferdam_sandbox::{ExitStatus, Limits, Report, TmpfsSize, ucounts};
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::statvfs::fstatvfs;
@@ -87,6 +87,7 @@ impl Budget {
                 processes: Some(settings.processes.unwrap_or_else(|| default_processes(max_builds))),
                 cpu_weight: None,
                 file_size: settings.scratch.map(|Size(bytes)| bytes),
+                shares: ucounts::shares(max_builds.get()),
             },
             shm: TmpfsSize { bytes: settings.shm.of(ram.min(memory.unwrap_or(ram))), inodes: SHM_INODES },
             scratch: settings.scratch.map(|Size(bytes)| ScratchBudget {
@@ -431,6 +432,7 @@ mod tests {
             processes: Some(7),
             cpu_weight: None,
             file_size: Some(10 << 30),
+            shares: ucounts::shares(1),
         };
         assert_eq!(budget.limits, limits);
         assert_eq!(budget.scratch, Some(ScratchBudget { bytes: 10 << 30, inodes: (10 << 30) / 4096 }));

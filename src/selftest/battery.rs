@@ -136,7 +136,11 @@ fn set_up(assignment: Assignment) -> Result<(tokio::runtime::Runtime, Theatre), 
     // So that it is the sandbox that forbids core files, and not whoever started this.
     let _ =
         getrlimit(Resource::RLIMIT_CORE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_CORE, hard, hard));
-    let ground = Groundwork::lay(settings(&dir, mode, inputs)).map_err(|error| words(&error))?;
+    let (pasta, no_network) = match network() {
+        Ok(pasta) => (Some(pasta), None),
+        Err(why) => (None, Some(why)),
+    };
+    let ground = Groundwork::lay(settings(&dir, mode, inputs, pasta)).map_err(|error| words(&error))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_keep_alive(THREAD_KEEP_ALIVE)
@@ -152,10 +156,10 @@ fn set_up(assignment: Assignment) -> Result<(tokio::runtime::Runtime, Theatre), 
         Node::File { digest, size, .. } => Node::File { digest, size, executable: true },
         other => other,
     };
-    Ok((runtime, Theatre { worker, mode, profile, dir, program, faults }))
+    Ok((runtime, Theatre { worker, mode, profile, dir, program, faults, no_network }))
 }
 
-fn settings(dir: &Path, mode: Mode, inputs: Demand) -> Settings {
+fn settings(dir: &Path, mode: Mode, inputs: Demand, network: Option<Pasta>) -> Settings {
     let mut settings = Settings::new(dir.join(STATE), Lifetime::Ephemeral);
     // Twice: a probe with two builds must not wait for another one.
     settings.max_builds = NonZeroUsize::MIN.saturating_add(2 * PROBES_AT_ONCE);
@@ -164,7 +168,7 @@ fn settings(dir: &Path, mode: Mode, inputs: Demand) -> Settings {
     settings.limits.scratch = Some(Size(SCRATCH_BYTES));
     settings.limits.processes = Some(PROCESSES);
     settings.allowed_host_paths = vec![dir.join(SHOWN)];
-    settings.network = network();
+    settings.network = network.map_or(NetworkPolicy::Refused, NetworkPolicy::Pasta);
     settings.isolation.inputs = inputs;
     // A mode that is not what it is called must not be run under its name.
     settings.isolation.ids = match mode {
@@ -174,11 +178,15 @@ fn settings(dir: &Path, mode: Mode, inputs: Demand) -> Settings {
     settings
 }
 
-/// The network of builds that ask for one: of their own where there can be one. Older versions of pasta end where there is
-/// none to connect to.
-fn network() -> NetworkPolicy {
-    let pasta = Pasta::find().ok().filter(|_| crate::build::network::is_connected());
-    pasta.map_or(NetworkPolicy::Host, NetworkPolicy::Pasta)
+/// The means to give builds a network of their own, or why there is none. The host's is never given: probes of what a
+/// build with network can't reach would prove nothing.
+fn network() -> Result<Pasta, String> {
+    let pasta = Pasta::find().map_err(|error| format!("builds get no network here: {error}"))?;
+    match crate::build::network::is_connected() {
+        true => Ok(pasta),
+        // Older versions of pasta end where there is nothing to connect to.
+        false => Err("builds get no network here: this host has no default route".into()),
+    }
 }
 
 fn serve(runtime: &tokio::runtime::Runtime, theatre: &Arc<Theatre>) -> io::Result<()> {

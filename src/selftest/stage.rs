@@ -40,6 +40,8 @@ pub struct Theatre {
     pub program: Node,
     /// What is wrong with blobs of the worker's store: nothing, unless a probe says so.
     pub faults: Arc<Faults>,
+    /// Why builds get no network; `None`: they do.
+    pub no_network: Option<String>,
 }
 
 impl Theatre {

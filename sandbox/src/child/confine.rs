@@ -4,7 +4,8 @@ use nix::errno::Errno;
 
 use crate::plan::Landlock;
 use crate::report::{SetupFailure, Step};
-use crate::{landlock, seccomp};
+use crate::ucounts::Share;
+use crate::{landlock, seccomp, ucounts};
 
 /// Closes user namespaces to the build where its profile refuses them: should the filter have a hole, there is nothing
 /// behind it. While this process is root here, and before anything may lie over parts of /proc.
@@ -15,6 +16,11 @@ pub fn forbid_user_namespaces(profile: Option<seccomp::Profile>) -> Result<(), S
         }
         Some(seccomp::Profile::Parity) | None => Ok(()),
     }
+}
+
+/// Leaves other builds what the kernel counts per user. Under the same conditions.
+pub fn share(shares: &[Share]) -> Result<(), SetupFailure> {
+    ucounts::limit(shares).map_err(failure(Step::Limits))
 }
 
 /// Keeps the outside's abstract sockets and processes from this process and all that follow.

@@ -104,6 +104,9 @@ fn set_frame_up(frame: &Frame, go: &mut File) -> Result<Root, SetupFailure> {
     if kept(Layer::Seccomp) {
         confine::forbid_user_namespaces(frame.seccomp)?;
     }
+    if kept(Layer::Limits) {
+        confine::share(&frame.shares)?;
+    }
     let root = rootfs::begin(frame)?;
     net::begin(frame.network)?;
     if kept(Layer::Uts) {

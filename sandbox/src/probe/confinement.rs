@@ -104,6 +104,7 @@ pub fn resource_limits(ids: &IdMap) -> Tried {
         processes: Some(1000),
         cpu_weight: None,
         file_size: Some(1 << 30),
+        shares: Vec::new(),
     };
     privileges::limit(&LIMITS, ids)?;
     Ok(Found::default())

@@ -188,11 +188,19 @@ async fn queue(stage: &Stage<'_>) -> Result<Findings, Outcome> {
     let waited = tokio::time::timeout(Duration::from_millis(200), place.build(stage, "hold")).await;
     findings.check(waited.is_err(), "two builds run where one may");
     drop(running);
-    let next = tokio::time::timeout(END, place.holding(stage, "hold")).await;
-    match next {
-        Ok(Ok(next)) => drop(next),
-        Ok(Err(outcome)) => return Err(findings.outcome().and(outcome)),
-        Err(_) => findings.check(false, format_args!("no slot is free after {END:?}")),
+    let end = tokio::time::Instant::now() + END;
+    loop {
+        let next = tokio::time::timeout_at(end, place.holding(stage, "hold")).await;
+        match next {
+            Ok(Ok(next)) => break drop(next),
+            // The place in the queue of the one that was taken back may take a moment to be free: it is tried again, as
+            // the daemon's answer asks for.
+            Ok(Err(_)) if tokio::time::Instant::now() < end => {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            Ok(Err(outcome)) => return Err(findings.outcome().and(outcome)),
+            Err(_) => break findings.check(false, format_args!("no slot is free after {END:?}")),
+        }
     }
     let empty = eventually(END, || place.builds().is_empty()).await;
     findings.check(empty, format_args!("left on disk: {:?}", place.builds()));

@@ -16,10 +16,9 @@ use cofferdam_sandbox::attack::{Arg, Call};
 use nix::errno::Errno;
 
 use super::tools::{eventually, hold, names, until_holding};
-use crate::build::error::{Fault, Unsupported};
 use crate::build::request::{Draft, Network};
 use crate::castore::Node;
-use crate::selftest::stage::{End, Ended, Running, Stage, path};
+use crate::selftest::stage::{End, Running, Stage, path};
 use crate::selftest::{Act, Company, Findings, Outcome, Play, Probe, Profile, Weight};
 
 pub(super) const PROBES: &[Probe] = &[
@@ -138,29 +137,19 @@ impl Listeners {
 
 /// As [`Stage::act`], with network; where the worker gives builds none, why.
 fn draft_with_network(stage: &Stage<'_>, role: &str, arguments: &[String]) -> Result<Draft, Outcome> {
+    if let Some(why) = &stage.theatre.no_network {
+        return Err(Outcome::not_applicable(why));
+    }
     let arguments: Vec<&OsStr> = arguments.iter().map(OsStr::new).collect();
     let mut draft = stage.draft(role, &arguments).map_err(|fault| Outcome::broken(fault.to_string()))?;
     draft.constraints.network = Network::Required;
     Ok(draft)
 }
 
-/// The verdict on a build with network; not to be had where the worker has none to give.
-fn verdict(ended: &Ended) -> Outcome {
-    match &ended.end {
-        End::Fault(fault @ Fault::Unsupported(Unsupported::NoNetwork)) => {
-            Outcome::not_applicable(fault.to_string())
-        }
-        _ => ended.verdict(),
-    }
-}
-
 /// A build with network that holds.
 async fn holding(stage: &Stage<'_>, role: &str, arguments: &[String]) -> Result<Running, Outcome> {
     let draft = draft_with_network(stage, role, arguments)?;
     match stage.start(draft).await {
-        Err(fault @ Fault::Unsupported(Unsupported::NoNetwork)) => {
-            Err(Outcome::not_applicable(fault.to_string()))
-        }
         Err(fault) => Err(Outcome::broken(fault.to_string())),
         Ok(build) => until_holding(build).await,
     }
@@ -240,7 +229,7 @@ fn works_on(findings: &mut Findings, address: IpAddr) {
 async fn with_and_without_network(stage: &Stage<'_>) -> Outcome {
     let without = stage.act("", &[]).await;
     match draft_with_network(stage, "", &[]) {
-        Ok(draft) => without.and(verdict(&stage.run(draft).await)),
+        Ok(draft) => without.and(stage.run(draft).await.verdict()),
         Err(outcome) => without.and(outcome),
     }
 }
@@ -301,7 +290,7 @@ async fn receive_descriptor(stage: &Stage<'_>) -> Outcome {
     };
     draft.outputs.push(path(OUTPUT));
     let ended = stage.run(draft).await;
-    let outcome = verdict(&ended);
+    let outcome = ended.verdict();
     let Some(mut file) = received(&listeners.unix) else { return outcome };
     // It got through; what is stored must not change all the same.
     let _ = file.write_all(b"tampered");
@@ -375,7 +364,7 @@ async fn two_with_network(stage: &Stage<'_>) -> Outcome {
         Ok(draft) => draft,
         Err(outcome) => return outcome,
     };
-    let outcome = verdict(&stage.run(draft).await);
+    let outcome = stage.run(draft).await.verdict();
     drop(listening);
     outcome
 }
@@ -410,7 +399,7 @@ async fn with_network(stage: &Stage<'_>) -> Outcome {
         Err(outcome) => return outcome,
     };
     let ended = stage.run(draft).await;
-    verdict(&ended).and(listeners.untouched())
+    ended.verdict().and(listeners.untouched())
 }
 
 fn network_as_needed(act: &Act, findings: &mut Findings) {
