@@ -153,6 +153,11 @@ fn open(dir: BorrowedFd<'_>, name: &CStr) -> Result<OwnedFd, Errno> {
     openat(dir, name, flags, Mode::empty())
 }
 
+/// Makes what a process is seen to use what it does use: gives memory that it has freed back to the kernel.
+pub fn trim_own_memory() {
+    crate::sys::trim_memory();
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs;

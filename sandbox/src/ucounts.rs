@@ -81,6 +81,16 @@ impl Counted {
         }
     }
 
+    /// What a small host has by default. In a user namespace of its own, a worker or a container does not see the limits
+    /// that count: there the kernel says that there are none.
+    fn usual(self) -> u64 {
+        match self {
+            Self::InotifyInstances | Self::FanotifyGroups => 128,
+            Self::InotifyWatches | Self::FanotifyMarks => 65_536,
+            _ => 8192,
+        }
+    }
+
     /// Whether it is of no use without user namespaces of one's own.
     pub(crate) fn is_namespaces(self) -> bool {
         !matches!(
@@ -112,6 +122,7 @@ pub fn shares(builds: usize) -> Vec<Share> {
 fn share(of: Counted, all: u64, builds: usize) -> Share {
     // The kernel takes no more than an `int`.
     const MOST: u64 = i32::MAX as u64;
+    let all = if all >= MOST { of.usual() } else { all };
     let parts = (builds as u64).saturating_add(1);
     let most = (all / parts).clamp(u64::from(of.least()), MOST);
     Share { of, most: u32::try_from(most).unwrap_or(u32::MAX) }
@@ -157,7 +168,7 @@ mod tests {
         assert_eq!(most(Counted::InotifyInstances, 128, 1000), 8);
         assert_eq!(most(Counted::MountNamespaces, 96_000, 15), 6000);
         assert_eq!(most(Counted::MountNamespaces, 0, usize::MAX), 256);
-        assert_eq!(most(Counted::UserNamespaces, u64::MAX, 0), i32::MAX as u32);
+        assert_eq!(most(Counted::UserNamespaces, i32::MAX as u64, 3), 2048);
     }
 
     #[test]

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use cofferdam_sandbox::Pasta;
 use cofferdam_sandbox::attack::Call;
+use cofferdam_sandbox::measure::trim_own_memory;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{Gid, setgroups, setresgid, setresuid};
 use serde::{Deserialize, Serialize};
@@ -194,7 +195,10 @@ fn serve(runtime: &tokio::runtime::Runtime, theatre: &Arc<Theatre>) -> io::Resul
         let Order::Run(ids) = serde_json::from_str(&line?)?;
         let probes: Vec<&'static Probe> = ids.iter().filter_map(|id| find(id)).collect();
         runtime.block_on(perform(theatre, probes))?;
-        reply(&Reply::Done { canary: runtime.block_on(canary(theatre)) })?;
+        let canary = runtime.block_on(canary(theatre));
+        // What many threads have freed is no leftover.
+        trim_own_memory();
+        reply(&Reply::Done { canary })?;
     }
     Ok(())
 }
