@@ -5,7 +5,8 @@ use std::process::ExitCode;
 mod support;
 
 use support::case::{Ran, finish};
-use support::{Case, Mode};
+use support::world::World;
+use support::{Case, Lacking, Mode};
 
 /// A few probes of every family that hold whatever the profile.
 const SOME: &str = "FS-05,FS-10,PR-01,PR-12,NET-01,DEV-02,PS-07,CAP-01,CAP-05,SEC-04,SEC-10";
@@ -14,6 +15,9 @@ fn main() -> ExitCode {
     let mut trials =
         support::in_own_mode(named![list, unknown_probe, expectations, cases_are_the_same, whole_battery]);
     trials.extend(support::in_every_mode(named![holds]));
+    trials.extend(support::in_own_mode(named![no_network_to_give]));
+    let mode = Mode::own();
+    trials.push(support::fallible(format!("networks_of_their_own::{mode}"), mode, networks_of_their_own));
     support::run(trials)
 }
 
@@ -125,6 +129,46 @@ fn holds(case: &Case) {
     assert_eq!(mode["probes"].as_array().unwrap().len(), SOME.split(',').count());
     assert_eq!(mode["left"]["outcome"], "held", "{mode}");
     ran.code(0);
+}
+
+/// Builds with network, and what they and the host can't reach of each other.
+const NETWORK: &str = "NET-02,NET-03,NET-04,NET-05,NET-06,NET-07,NET-10";
+
+/// Where pasta works, nothing of the network is left untested, in any mode that there is.
+fn networks_of_their_own(case: &Case) -> Result<(), Lacking> {
+    let world = World::new(case, "nameserver 192.0.2.1\n")?;
+    support::case::set_mode(&case.tmp(), 0o755);
+    let mut command = world.cofferdam(case);
+    command.args(["selftest", "--json", "--only", NETWORK]);
+    let ran = finish(command);
+    let report: serde_json::Value = serde_json::from_str(&ran.out()).unwrap();
+    mode(&report, case.mode);
+    for mode in report["modes"].as_array().unwrap().iter().filter(|mode| mode["unavailable"].is_null()) {
+        let probes = mode["probes"].as_array().unwrap();
+        assert_eq!(probes.len(), NETWORK.split(',').count());
+        for probe in probes {
+            assert_eq!(probe["outcome"], "held", "{probe}");
+        }
+        assert_eq!(mode["left"]["outcome"], "held", "{mode}");
+    }
+    ran.code(0);
+    Ok(())
+}
+
+/// Without a way out builds get no network at all, not the host's, and the probes say why.
+fn no_network_to_give(case: &Case) {
+    support::case::set_mode(&case.tmp(), 0o755);
+    let mut command = case.program("unshare");
+    command.args(["--user", "--map-root-user", "--net"]).arg(support::binary());
+    command.args(["selftest", "--json", "--only", "NET-04,NET-05,NET-10"]);
+    let ran = finish(command).code(0);
+    let report: serde_json::Value = serde_json::from_str(&ran.out()).unwrap();
+    for probe in report["modes"][0]["probes"].as_array().unwrap() {
+        let expected = if probe["id"] == "NET-10" { "held" } else { "not_applicable" };
+        assert_eq!(probe["outcome"], expected, "{probe}");
+        let reasons = probe["reasons"].to_string();
+        assert!(probe["id"] == "NET-10" || reasons.contains("builds get no network here"), "{probe}");
+    }
 }
 
 /// In every mode there is, every probe comes to a verdict of its own: none hangs, dies or is left out, and nothing is left of them.
