@@ -1,8 +1,10 @@
 //! What a sandbox costs: from asking the spawner for one to its report, beside `bwrap --unshare-all` from fork to wait.
 //! Both run `busybox true`, interleaved, in one run. Prints a table and records it.
 //!
-//! Ours is all that a build gets: a root with /etc, /dev, /proc with its covers, /tmp and scratch on disk, inputs under an
-//! overlay, ids of its own, no capabilities, every other layer that this kernel has. `scripts/bench` is the way to run it.
+//! Ours is all that a build gets: a root with /etc, /dev, /proc with its covers, /tmp and scratch on disk, inputs, ids of
+//! its own, no capabilities, the filter, and every other layer that this kernel has. Once with inputs in a place of their
+//! own, as `cofferdam run` shows them, and once where outputs go as well, as in Nix's store, which takes an overlay on disk.
+//! `scripts/bench` is the way to run it.
 
 use std::fs::File;
 use std::io::Read;
@@ -36,14 +38,27 @@ fn main() {
     let lock = File::create(dir.path().join("lock")).unwrap();
     let entered = ids::enter(OwnIds::Wanted).unwrap();
     let spawner = Spawner::start(&Leftovers::default(), lock.as_fd(), Stock::UpTo(2)).unwrap();
-    let sandbox = Sandbox::new(spawner, &entered.identity, dir.path(), &root);
+    let sandbox = Sandbox::new(spawner, &entered.identity, dir.path());
+    let plan = |inputs| plan(&entered.identity, dir.path().join("scratch"), inputs);
+    let plain = plan(Mount::Inputs { source: root.join("bin") });
+    let mixed = plan(Mount::InputsBelow {
+        lower: root.join("bin"),
+        upper: "upper".into(),
+        work: "work".into(),
+        access: Access::ReadWrite,
+    });
 
     let furnished = ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"];
     common::compare(
         "spawn",
         "A sandbox from nothing to its end",
         &mut [
-            Contender::new("cofferdam, a build's sandbox, from the spawner", || sandbox.run()),
+            Contender::new("cofferdam, a build's sandbox, inputs in a place of their own", || {
+                sandbox.run(&plain)
+            }),
+            Contender::new("cofferdam, the same, inputs where outputs go (overlay on disk)", || {
+                sandbox.run(&mixed)
+            }),
             Contender::new("bwrap --unshare-all, read-only bind", || common::bwrap(&root, &[])),
             Contender::new("bwrap --unshare-all, with /proc, /dev, /tmp", || {
                 common::bwrap(&root, &furnished)
@@ -55,12 +70,11 @@ fn main() {
 /// A spawner, and what it is asked for again and again.
 struct Sandbox {
     spawner: Spawner,
-    plan: Plan,
     null: OwnedFd,
 }
 
 impl Sandbox {
-    fn new(spawner: Spawner, identity: &Identity, dir: &Path, root: &Path) -> Sandbox {
+    fn new(spawner: Spawner, identity: &Identity, dir: &Path) -> Sandbox {
         let build = identity.build_owner(0);
         let inside = identity.root_owner();
         for (name, owner, mode) in [
@@ -74,14 +88,13 @@ impl Sandbox {
             chown(&path, Some(owner.uid), Some(owner.gid)).unwrap();
             std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
         }
-        let plan = plan(identity, dir.join("scratch"), root.join("bin"));
-        Sandbox { spawner, plan, null: File::options().write(true).open("/dev/null").unwrap().into() }
+        Sandbox { spawner, null: File::options().write(true).open("/dev/null").unwrap().into() }
     }
 
     /// To the report.
-    fn run(&self) {
+    fn run(&self, plan: &Plan) {
         let stdio = Stdio { stdout: self.null.try_clone().unwrap(), stderr: self.null.try_clone().unwrap() };
-        let mut control = UnixStream::from(self.spawner.spawn(&self.plan, stdio).unwrap());
+        let mut control = UnixStream::from(self.spawner.spawn(plan, stdio).unwrap());
         let mut said = Vec::new();
         control.read_to_end(&mut said).unwrap();
         let _ = control.shutdown(Shutdown::Both);
@@ -89,21 +102,13 @@ impl Sandbox {
     }
 }
 
-/// As `build::plan` lays a build out that has inputs in `nix/store`.
-fn plan(identity: &Identity, base: PathBuf, inputs: PathBuf) -> Plan {
+/// As `build::plan` lays a build out whose inputs are in `nix/store`.
+fn plan(identity: &Identity, base: PathBuf, inputs: Mount) -> Plan {
     let mut mounts = [
         ("build", Mount::Writable { source: "build".into() }),
         ("dev/pts", Mount::Devpts),
         ("dev/shm", Mount::Tmpfs { mode: 0o1777, size: TmpfsSize { bytes: 1 << 30, inodes: 65_536 } }),
-        (
-            "nix/store",
-            Mount::InputsBelow {
-                lower: inputs,
-                upper: "upper".into(),
-                work: "work".into(),
-                access: Access::ReadWrite,
-            },
-        ),
+        ("nix/store", inputs),
         ("proc", Mount::Proc),
         ("tmp", Mount::Writable { source: "tmp".into() }),
     ]

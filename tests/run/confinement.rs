@@ -330,5 +330,5 @@ int main(void) {
         // docs/isolation.md: not held there.
         Landlock::Off => "ok",
     };
-    say(case, &source, &["--network"], &format!("host's {reached}\nown ok\nown ok\n"));
+    say(case, &source, &["--network=host"], &format!("host's {reached}\nown ok\nown ok\n"));
 }

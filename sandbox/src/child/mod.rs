@@ -109,6 +109,7 @@ fn set_frame_up(frame: &Frame, go: &mut File) -> Result<Root, SetupFailure> {
     if kept(Layer::Uts) {
         set_names()?;
     }
+    privileges::empty_bounding_set()?;
     // As long as nobody wants this sandbox it must go with the spawner, too. Ids change once more.
     prctl::set_pdeathsig(Signal::SIGKILL).map_err(|errno| SetupFailure::new(Step::Tie, errno, ""))?;
     Ok(root)

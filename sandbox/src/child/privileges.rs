@@ -36,9 +36,7 @@ pub fn become_root(ids: &IdMap) -> Result<(), SetupFailure> {
 /// Becomes the build's user, without capabilities and without a way back.
 pub fn drop_all() -> Result<(), SetupFailure> {
     let step = || -> Result<(), Errno> {
-        if kept(Layer::Capabilities) {
-            empty_bounding_set()?;
-        } else {
+        if !kept(Layer::Capabilities) {
             prctl::set_keepcaps(true)?;
         }
         let (gid, uid) = (Gid::from_raw(BUILD_GID), Uid::from_raw(BUILD_UID));
@@ -73,13 +71,18 @@ pub fn try_devices(plan: &Plan) -> Result<(), SetupFailure> {
     Ok(())
 }
 
+/// Lets no program have capabilities that is executed from here on. What this process has, it keeps.
+///
 /// Must come before the ids change: taking from the set needs a capability.
-fn empty_bounding_set() -> Result<(), Errno> {
+pub fn empty_bounding_set() -> Result<(), SetupFailure> {
+    if !kept(Layer::Capabilities) {
+        return Ok(());
+    }
     for capability in 0.. {
         match sys::drop_from_bounding_set(capability) {
             Ok(()) => {}
             Err(Errno::EINVAL) => break,
-            Err(errno) => return Err(errno),
+            Err(errno) => return Err(SetupFailure::new(Step::DropPrivileges, errno, "")),
         }
     }
     Ok(())

@@ -26,20 +26,15 @@ use crate::sys::{self, FsContext};
 /// until the root is changed, and then go with the old one.
 pub const ANCHOR: &str = "/dev";
 
-/// The root in the making. All of it is on a tmpfs that goes with the old root.
-pub struct Root {
-    /// Where layers are attached.
-    layers: OwnedFd,
-    /// Where the root is attached. Not with the layers: what lies on the root's own directory, `/..` leads to.
-    place: OwnedFd,
-    /// A furnished tmpfs in that place; `None` where the root shows a lower directory.
-    tmpfs: Option<OwnedFd>,
+/// The root in the making.
+pub enum Root {
+    /// A furnished tmpfs, which is the root already.
+    Furnished(OwnedFd),
+    /// Nothing yet: the root will show a lower directory. Layers and it are attached on this one.
+    Layered(OwnedFd),
 }
 
-/// What fits into the tmpfs of which only the directories are used.
-const SCAFFOLD: TmpfsSize = TmpfsSize { bytes: 1 << 20, inodes: 64 };
-
-/// Does what can be done before the plan is known: cuts propagation, and furnishes the root.
+/// Does what can be done before the plan is known: cuts propagation, furnishes the root, and moves into it.
 pub fn begin(frame: &Frame) -> Result<Root, SetupFailure> {
     let none: Option<&str> = None;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
@@ -47,19 +42,12 @@ pub fn begin(frame: &Frame) -> Result<Root, SetupFailure> {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let anchor = nix::fcntl::open(ANCHOR, flags, Mode::empty())
         .map_err(failure(Step::RootTmpfs, Path::new(ANCHOR)))?;
+    let Some(root) = &frame.root else { return Ok(Root::Layered(anchor)) };
     // Before the anchor, below which the devices lie, is covered.
-    let devices = frame.root.as_ref().map(open_devices).transpose()?;
-
-    let fail = failure(Step::RootTmpfs, Path::new(""));
-    let scaffold = tmpfs(0o755, SCAFFOLD).map_err(&fail)?;
-    sys::move_mount(scaffold.as_fd(), anchor.as_fd()).map_err(&fail)?;
-    let make = |name: &str| walk(scaffold.as_fd(), Path::new(name), Kind::Directory).map_err(&fail);
-    let (layers, place) = (make("layers")?, make("root")?);
-    let tmpfs = match (&frame.root, devices) {
-        (Some(root), Some(devices)) => Some(furnish(root, devices, &place, &frame.ids)?),
-        _ => None,
-    };
-    Ok(Root { layers, place, tmpfs })
+    let devices = open_devices(root)?;
+    let tmpfs = furnish(root, devices, &anchor, &frame.ids)?;
+    pivot(tmpfs.as_fd()).map_err(failure(Step::Pivot, Path::new("")))?;
+    Ok(Root::Furnished(tmpfs))
 }
 
 /// The device nodes among the furniture, each in its turn.
@@ -104,26 +92,28 @@ fn put(root: BorrowedFd<'_>, at: &Path, mount: &Mount, tree: &OwnedFd) -> Result
 
 /// Puts the root together and moves into it.
 pub fn assemble(plan: &Plan, begun: Root, sources: Sources) -> Result<(), SetupFailure> {
-    let Root { layers, place, tmpfs } = begun;
-    attach_layers(&layers, plan, &sources.mounts)?;
-    let root = match (tmpfs, sources.root_lower) {
-        (Some(tmpfs), _) => {
+    let fail = failure(Step::RootTmpfs, Path::new(""));
+    let (root, pivots) = match (begun, sources.root_lower) {
+        (Root::Furnished(tmpfs), None) => {
             make_entries(tmpfs.as_fd(), plan)?;
-            tmpfs
+            (tmpfs, Pivots::Before)
         }
-        (None, Some(lower)) => {
-            let fail = failure(Step::RootTmpfs, Path::new(""));
-            sys::move_mount(lower.as_fd(), layers.as_fd()).map_err(fail)?;
-            layered_root(plan, &place, lower, &sources.mounts)?
+        (Root::Layered(anchor), Some(lower)) => {
+            // Under the root: what lies on its own directory, `/..` leads to.
+            sys::move_mount(lower.as_fd(), anchor.as_fd()).map_err(&fail)?;
+            (layered_root(plan, &anchor, lower, &sources.mounts)?, Pivots::Now)
         }
-        (None, None) => return Err(failure(Step::RootTmpfs, Path::new(""))(Errno::EINVAL)),
+        _ => return Err(fail(Errno::EINVAL)),
     };
     let mut sealed = Vec::new();
     let mounts = plan.mounts.iter().filter(|point| !frame::is_furniture(plan, point));
     for (MountPoint { at, mount }, source) in mounts.zip(sources.mounts) {
         let tree = match source {
             Source::Tree(tree) => tree,
-            Source::Overlay { lower, upper, work, .. } => {
+            Source::Overlay { lower, holder, upper, work } => {
+                // Overlay takes its layers from this mount namespace only. In its own place it covers them.
+                put(root.as_fd(), at, mount, &lower)?;
+                put(root.as_fd(), at, mount, &holder)?;
                 overlay(&lower, &upper, &work).map_err(failure(Step::Mount, at))?
             }
             Source::Fresh => fresh(mount, Some(&plan.ids)).map_err(failure(Step::Mount, at))?,
@@ -141,20 +131,18 @@ pub fn assemble(plan: &Plan, begun: Root, sources: Sources) -> Result<(), SetupF
         let at = Path::new("/");
         sys::set_mount_attributes(root.as_fd(), READ_ONLY).map_err(failure(Step::ReadOnly, at))?;
     }
-    pivot(root.as_fd()).map_err(failure(Step::Pivot, Path::new("")))
+    match pivots {
+        Pivots::Before => Ok(()),
+        Pivots::Now => pivot(root.as_fd()).map_err(failure(Step::Pivot, Path::new(""))),
+    }
 }
 
-/// Attaches the layers of all overlays: overlay takes them from this mount namespace only.
-fn attach_layers(place: &OwnedFd, plan: &Plan, sources: &[Source]) -> Result<(), SetupFailure> {
-    let mounts = plan.mounts.iter().filter(|point| !frame::is_furniture(plan, point));
-    for (MountPoint { at, .. }, source) in mounts.zip(sources) {
-        if let Source::Overlay { lower, holder, .. } = source {
-            for layer in [lower, holder] {
-                sys::move_mount(layer.as_fd(), place.as_fd()).map_err(failure(Step::Mount, at))?;
-            }
-        }
-    }
-    Ok(())
+/// When this process moves into its root.
+enum Pivots {
+    /// It has, with the frame.
+    Before,
+    /// At the end.
+    Now,
 }
 
 /// A root that shows a lower directory, with its entries and places for all mounts, in its place.
