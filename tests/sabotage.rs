@@ -43,7 +43,9 @@ fn main() -> ExitCode {
 }
 
 fn trial((left_out, notices): Row) -> Trial {
-    support::in_mode(&format!("without_{left_out}"), Mode::own(), move |case| noticed(case, left_out, notices))
+    support::in_mode(&format!("without_{left_out}"), Mode::own(), move |case| {
+        noticed(case, left_out, notices)
+    })
 }
 
 /// What the probes say of the sandbox as it should be.

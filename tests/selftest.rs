@@ -11,8 +11,7 @@ use support::{Case, Mode};
 const SOME: &str = "FS-05,FS-10,PR-01,PR-12,NET-01,DEV-02,PS-07,CAP-01,CAP-05,SEC-04,SEC-10";
 
 fn main() -> ExitCode {
-    let mut trials =
-        support::in_own_mode(named![
+    let mut trials = support::in_own_mode(named![
         list,
         unknown_probe,
         expectations,

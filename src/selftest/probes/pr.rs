@@ -17,8 +17,8 @@ use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::signal::{Signal, kill, raise};
 use nix::sys::stat::makedev;
 use nix::sys::uio::{RemoteIoVec, process_vm_writev};
-use nix::sys::{prctl, ptrace};
 use nix::sys::wait::waitpid;
+use nix::sys::{prctl, ptrace};
 use nix::unistd::{Pid, getpid, getsid, isatty, setsid};
 
 use super::tools::{eventually, field, hold, holding, names};
