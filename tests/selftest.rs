@@ -12,8 +12,14 @@ use support::{Case, Lacking, Mode};
 const SOME: &str = "FS-05,FS-10,PR-01,PR-12,NET-01,DEV-02,PS-07,CAP-01,CAP-05,SEC-04,SEC-10";
 
 fn main() -> ExitCode {
-    let mut trials =
-        support::in_own_mode(named![list, unknown_probe, expectations, cases_are_the_same, whole_battery]);
+    let mut trials = support::in_own_mode(named![
+        list,
+        unknown_probe,
+        expectations,
+        cases_are_the_same,
+        no_sabotage,
+        whole_battery
+    ]);
     trials.extend(support::in_every_mode(named![holds]));
     trials.extend(support::in_own_mode(named![no_network_to_give]));
     let mode = Mode::own();
@@ -116,6 +122,16 @@ fn well_formed(xml: &str) -> usize {
     }
     assert!(open.is_empty(), "{open:?} stay open in {xml}");
     cases
+}
+
+/// What `tests/sabotage.rs` can do to its program, nobody can to this one.
+fn no_sabotage(case: &Case) {
+    let mut command = case.cofferdam(["selftest", "--json", "--only", "CAP-01"]);
+    command.env("COFFERDAM_WITHOUT", "capabilities,no-new-privs");
+    support::case::set_mode(&case.tmp(), 0o755);
+    let report = serde_json::from_str(&finish(command).out()).unwrap();
+    let probe = &mode(&report, case.mode)["probes"][0];
+    assert_eq!(probe["outcome"], "held", "{probe}");
 }
 
 /// Promises that hold in each mode. As root the battery changes to the other modes' users itself.
