@@ -71,7 +71,8 @@ fn noticed(case: &Case, left_out: &str, notices: &[(&str, &str)]) {
 
 /// What became of the probes in the caller's own mode.
 fn outcomes(case: &Case, left_out: &str, probes: &[&str]) -> Vec<Value> {
-    let mut command = case.cofferdam(["selftest", "--json", "--only", &probes.join(",")]);
+    let mut command =
+        case.cofferdam(["selftest", "--json", "--mode", &case.mode.to_string(), "--only", &probes.join(",")]);
     command.env("COFFERDAM_WITHOUT", left_out);
     // The modes' own users must get there.
     support::case::set_mode(&case.tmp(), 0o755);

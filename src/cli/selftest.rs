@@ -33,6 +33,9 @@ pub struct SelftestArgs {
     /// Run the probe called ID, and no others; may be repeated
     #[arg(long, value_name = "ID", value_delimiter = ',')]
     only: Vec<String>,
+    /// Run the probes in this mode, and in no others but those of --expect; may be repeated
+    #[arg(long, value_enum, value_name = "MODE", value_delimiter = ',')]
+    mode: Vec<Mode>,
     /// Print what the probes are and promise, and run none; * marks those without which nobody else's build may run
     #[arg(long)]
     list: bool,
@@ -66,7 +69,9 @@ pub fn run(args: SelftestArgs) -> Result<u8, Failed> {
     }
     let parent = parent_directory();
     let mut modes = Vec::new();
-    for available in mode::available() {
+    // One that is expected is run all the same: it would be missing without a word.
+    let wanted = |mode| args.mode.is_empty() || args.mode.contains(&mode) || is_expected(&args.expect, mode);
+    for available in mode::available().into_iter().filter(|available| wanted(available.mode)) {
         modes.push(run_mode(available, &args, &probes, &parent)?);
     }
     let container = mode::container();
@@ -137,13 +142,17 @@ fn run_mode(
             host::run(&plan, &mut progress).map_err(|error| Failed(error.to_string()))?
         }
     };
-    report.expected = args.expect.iter().any(|expected| match expected {
+    report.expected = is_expected(&args.expect, mode);
+    Ok(report)
+}
+
+fn is_expected(expected: &[Expected], mode: Mode) -> bool {
+    expected.iter().any(|expected| match expected {
         Expected::Root => mode == Mode::Root,
         Expected::Range => mode == Mode::Range,
         Expected::Single => mode == Mode::Single,
         Expected::Container => false,
-    });
-    Ok(report)
+    })
 }
 
 fn tell(report: &Report, args: &SelftestArgs) -> Result<(), Failed> {
