@@ -8,7 +8,7 @@
 //! ```
 //!
 //! A step that hangs or is killed ends its own process and nothing else. What a step says are facts: a [`Trouble`]
-//! with what was tried and how it was refused. Only [`advice`] turns them into causes and fixes, by what [`Host`]
+//! with what was tried and how it was refused. Only `advice` turns them into causes and fixes, by what [`Host`]
 //! has read; it makes no system call.
 
 mod advice;
