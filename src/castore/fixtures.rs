@@ -16,7 +16,7 @@ use tempfile::TempDir;
 use super::ingest::{Ingest, IngestError};
 use super::local::LocalStore;
 use super::node::{Digest, Directory, Name, Node, Target};
-use super::traits::{Store, StoreError};
+use super::traits::{Store, StoreError, Stored};
 use crate::config::Lifetime;
 use crate::refscan::Scanner;
 
@@ -45,7 +45,8 @@ pub(super) fn store() -> (TempDir, Store) {
 pub(super) fn put_blob(store: &Store, bytes: &[u8]) -> Result<(Digest, u64), StoreError> {
     let mut writer = store.blobs.create()?;
     writer.write_all(bytes).unwrap();
-    writer.finish()
+    let Stored { digest, size, .. } = writer.finish()?;
+    Ok((digest, size))
 }
 
 /// Takes in `path` without scanner and skipped names.

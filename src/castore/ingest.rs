@@ -26,7 +26,7 @@ use nix::sys::stat::{FileStat, Mode, fstat, fstatat};
 
 use super::cursor::Cursor;
 use super::node::{Digest, Directory, Name, Node, NodeError, Target, printable};
-use super::traits::{Store, StoreError};
+use super::traits::{Store, StoreError, Stored};
 use crate::refscan::Scanner;
 
 #[cfg(test)]
@@ -230,7 +230,7 @@ impl<'a> Walk<'a> {
             }
             writer.write_all(chunk).map_err(|error| StoreError::io("write", "a new blob", error))?;
         }
-        let (digest, size) = writer.finish()?;
+        let Stored { digest, size, .. } = writer.finish()?;
         Ok(Found::Complete(Node::File { digest, size, executable }))
     }
 

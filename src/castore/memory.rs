@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use super::children::check_children;
 use super::{
-    Blob, BlobService, BlobStat, BlobWriter, Digest, Directory, DirectoryService, Store, StoreError,
+    Blob, BlobService, BlobStat, BlobWriter, Digest, Directory, DirectoryService, Store, StoreError, Stored,
 };
 use crate::lock::lock;
 
@@ -90,11 +90,11 @@ impl io::Write for MemoryWriter {
 }
 
 impl BlobWriter for MemoryWriter {
-    fn finish(self: Box<Self>) -> Result<(Digest, u64), StoreError> {
+    fn finish(self: Box<Self>) -> Result<Stored, StoreError> {
         let digest = Digest::of(&self.bytes);
-        let len = self.bytes.len() as u64;
-        lock(&self.blobs).insert(digest, self.bytes.into());
-        Ok((digest, len))
+        let size = self.bytes.len() as u64;
+        let new = lock(&self.blobs).insert(digest, self.bytes.into()).is_none();
+        Ok(Stored { digest, size, new })
     }
 }
 
@@ -113,7 +113,7 @@ mod tests {
         writer.write_all(b"hel").unwrap();
         writer.write_all(b"lo").unwrap();
         assert_eq!(store.blobs.stat(&digest).unwrap(), None);
-        assert_eq!(writer.finish().unwrap(), (digest, 5));
+        assert_eq!(writer.finish().unwrap(), Stored { digest, size: 5, new: true });
         assert_eq!(store.blobs.stat(&digest).unwrap(), Some(BlobStat { size: Some(5) }));
         let blob = store.blobs.open(&digest).unwrap().unwrap();
         let cases: [(u64, usize, &[u8]); 5] =

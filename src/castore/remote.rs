@@ -24,7 +24,7 @@ use wire::directory_service_client::DirectoryServiceClient;
 use super::children::check_children;
 use super::file_blob::FileBlob;
 use super::{
-    Blob, BlobService, BlobStat, BlobWriter, Digest, Directory, DirectoryService, Store, StoreError,
+    Blob, BlobService, BlobStat, BlobWriter, Digest, Directory, DirectoryService, Store, StoreError, Stored,
 };
 
 /// Largest message that carries a piece of a blob, in bytes. We send smaller ones.
@@ -263,7 +263,7 @@ impl io::Write for RemoteWriter {
 }
 
 impl BlobWriter for RemoteWriter {
-    fn finish(mut self: Box<Self>) -> Result<(Digest, u64), StoreError> {
+    fn finish(mut self: Box<Self>) -> Result<Stored, StoreError> {
         self.send_buffer()?;
         self.send(Piece::End)?;
         let inner = Arc::clone(&self.inner);
@@ -274,7 +274,7 @@ impl BlobWriter for RemoteWriter {
             let message = format!("what it stored is not {digest}");
             return Err(StoreError::Remote { address: inner.address.clone(), act: Self::ACT, message });
         }
-        Ok((digest, self.len))
+        Ok(Stored { digest, size: self.len, new: true })
     }
 }
 

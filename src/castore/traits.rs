@@ -64,11 +64,22 @@ pub trait Blob: Send + Sync {
 
 /// A blob in the making.
 pub trait BlobWriter: io::Write + Send {
-    /// Completes the blob and yields its digest and its length in bytes.
+    /// Completes the blob.
     ///
     /// # Errors
     /// Where it could not be stored; nothing of it is left then.
-    fn finish(self: Box<Self>) -> Result<(Digest, u64), StoreError>;
+    fn finish(self: Box<Self>) -> Result<Stored, StoreError>;
+}
+
+/// What became of a blob that was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stored {
+    /// Its digest.
+    pub digest: Digest,
+    /// Its length in bytes.
+    pub size: u64,
+    /// False where the store had it before, and knows that.
+    pub new: bool,
 }
 
 /// Keeps directories, named by the digest of their canonical encoding.

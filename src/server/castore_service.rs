@@ -106,8 +106,8 @@ impl BlobService for Blobs {
         }
         not_cancelled().await;
         writer = write(writer, batch).await?;
-        let (digest, _) = blocking(move || writer.finish()).await?;
-        Ok(Response::new(wire::PutBlobResponse { digest: digest.as_bytes().to_vec() }))
+        let stored = blocking(move || writer.finish()).await?;
+        Ok(Response::new(wire::PutBlobResponse { digest: stored.digest.as_bytes().to_vec() }))
     }
 }
 

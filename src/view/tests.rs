@@ -12,7 +12,7 @@ use nix::sched::{CloneFlags, unshare};
 
 use super::*;
 use crate::castore::memory;
-use crate::castore::{BlobService, BlobStat, BlobWriter, Directory, DirectoryService, Target};
+use crate::castore::{BlobService, BlobStat, BlobWriter, Directory, DirectoryService, Stored, Target};
 
 const OWNER: Owner = Owner { uid: 1234, gid: 4321 };
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -56,7 +56,7 @@ fn name(text: &str) -> Name {
 fn file(store: &Store, bytes: &[u8], executable: bool) -> Node {
     let mut writer = store.blobs.create().unwrap();
     writer.write_all(bytes).unwrap();
-    let (digest, size) = writer.finish().unwrap();
+    let Stored { digest, size, .. } = writer.finish().unwrap();
     Node::File { digest, size, executable }
 }
 

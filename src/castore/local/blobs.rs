@@ -13,7 +13,7 @@ use nix::unistd::{UnlinkatFlags, unlinkat};
 use super::Root;
 use crate::castore::file_blob::FileBlob;
 use crate::castore::node::Digest;
-use crate::castore::traits::{Blob, BlobService, BlobStat, BlobWriter, StoreError};
+use crate::castore::traits::{Blob, BlobService, BlobStat, BlobWriter, StoreError, Stored};
 use crate::lock::lock;
 
 /// A blob of up to this many bytes is written in one go, and not at all where it is there already; of a
@@ -174,7 +174,7 @@ impl Write for Writer {
 }
 
 impl BlobWriter for Writer {
-    fn finish(mut self: Box<Self>) -> Result<(Digest, u64), StoreError> {
+    fn finish(mut self: Box<Self>) -> Result<Stored, StoreError> {
         let unwritable = |error| StoreError::io("write", "a new blob", error);
         if let Some(errno) = self.failure {
             return Err(unwritable(errno.into()));
@@ -188,7 +188,7 @@ impl BlobWriter for Writer {
         let size = self.hasher.count();
         // Another length under this name is what a crash of the machine may leave; then it is replaced.
         if self.root.stored_size(&digest)? == Some(size) {
-            return Ok((digest, size));
+            return Ok(Stored { digest, size, new: false });
         }
         let file = match self.file.take() {
             Some(file) => file,
@@ -199,7 +199,7 @@ impl BlobWriter for Writer {
             }
         };
         file.keep(&digest)?;
-        Ok((digest, size))
+        Ok(Stored { digest, size, new: true })
     }
 }
 

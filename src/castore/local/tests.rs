@@ -31,7 +31,8 @@ fn blobs_of_all_sizes_in_writes_of_all_sizes() {
             let bytes = &bytes[..size];
             let mut writer = store.blobs.create().unwrap();
             bytes.chunks(step.min(size.max(1))).for_each(|chunk| writer.write_all(chunk).unwrap());
-            assert_eq!(writer.finish().unwrap(), (Digest::of(bytes), size as u64), "{size} by {step}");
+            let stored = writer.finish().unwrap();
+            assert_eq!((stored.digest, stored.size), (Digest::of(bytes), size as u64), "{size} by {step}");
             let blob = store.blobs.open(&Digest::of(bytes)).unwrap().unwrap();
             assert_eq!(blob.size(), size as u64);
             assert!(read(&*blob) == bytes, "{size} by {step}");

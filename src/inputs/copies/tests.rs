@@ -10,7 +10,8 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::castore::{
-    Blob, BlobService, BlobStat, BlobWriter, Digest, Directory, LocalStore, StoreError, Target, memory,
+    Blob, BlobService, BlobStat, BlobWriter, Digest, Directory, LocalStore, StoreError, Stored, Target,
+    memory,
 };
 use crate::config::Lifetime;
 use crate::inputs::{Inputs, ShowError};
@@ -28,7 +29,7 @@ fn name(bytes: &[u8]) -> Name {
 fn file(store: &Store, bytes: &[u8], executable: bool) -> Node {
     let mut writer = store.blobs.create().unwrap();
     writer.write_all(bytes).unwrap();
-    let (digest, size) = writer.finish().unwrap();
+    let Stored { digest, size, .. } = writer.finish().unwrap();
     Node::File { digest, size, executable }
 }
 

@@ -413,7 +413,8 @@ pub(super) fn store_file(stage: &Stage<'_>, contents: &[u8]) -> Result<Node, Out
     let store = || -> io::Result<Node> {
         let mut writer = stage.theatre.worker.store.blobs.create().map_err(io::Error::other)?;
         writer.write_all(contents)?;
-        let (digest, size) = writer.finish().map_err(io::Error::other)?;
+        let blob = writer.finish().map_err(io::Error::other)?;
+        let (digest, size) = (blob.digest, blob.size);
         Ok(Node::File { digest, size, executable: false })
     };
     store().map_err(|error| Outcome::broken(format!("can't put a file into the store: {error}")))

@@ -13,7 +13,7 @@ use nix::sys::signal::Signal;
 use super::second::{END, Place};
 use super::tools::eventually;
 use crate::build::error::Fault;
-use crate::castore::{Digest, Directory, Name, Node, Store, StoreError};
+use crate::castore::{Digest, Directory, Name, Node, Store, StoreError, Stored};
 use crate::selftest::stage::{End, Stage, name};
 use crate::selftest::{Act, Company, Findings, Outcome, Play, Probe, Weight};
 
@@ -166,7 +166,8 @@ fn judge(what: &str, when: When, digest: &Digest, fault: &Fault) -> Outcome {
 fn put(store: &Store, bytes: &[u8]) -> Result<(Digest, u64), StoreError> {
     let mut writer = store.blobs.create()?;
     writer.write_all(bytes).map_err(|error| StoreError::io("write", "a new blob", error))?;
-    writer.finish()
+    let Stored { digest, size, .. } = writer.finish()?;
+    Ok((digest, size))
 }
 
 fn blob_file(state: &Path, digest: &Digest) -> PathBuf {

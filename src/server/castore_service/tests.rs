@@ -12,7 +12,7 @@ use wire::directory_service_client::DirectoryServiceClient;
 use super::*;
 use crate::address::Address;
 use crate::castore::remote::RemoteStore;
-use crate::castore::{Name, Node, memory};
+use crate::castore::{Name, Node, Stored, memory};
 
 /// A served store, both ends of it.
 struct Served {
@@ -73,7 +73,8 @@ fn leaf(label: &str) -> Directory {
 fn write_blob(store: &Store, bytes: &[u8]) -> (Digest, u64) {
     let mut writer = store.blobs.create().unwrap();
     writer.write_all(bytes).unwrap();
-    writer.finish().unwrap()
+    let Stored { digest, size, .. } = writer.finish().unwrap();
+    (digest, size)
 }
 
 #[test]
@@ -363,8 +364,8 @@ impl std::io::Write for BrokenWriter {
 }
 
 impl BlobWriter for BrokenWriter {
-    fn finish(self: Box<Self>) -> Result<(Digest, u64), StoreError> {
-        Ok((Digest::of(b"something else"), 0))
+    fn finish(self: Box<Self>) -> Result<Stored, StoreError> {
+        Ok(Stored { digest: Digest::of(b"something else"), size: 0, new: true })
     }
 }
 
