@@ -32,6 +32,11 @@ impl<K: Hash + Eq + Copy, V: Clone> Memo<K, V> {
     pub fn remove(&self, key: &K) {
         lock(&self.0).remove(key);
     }
+
+    /// Forgets all values, and gives their memory back.
+    pub fn clear(&self) {
+        lock(&self.0).clear();
+    }
 }
 
 /// Keeps the values used last, up to a total weight.
@@ -69,6 +74,11 @@ impl<K: Hash + Eq + Copy, V: Clone> Recent<K, V> {
         }
     }
 
+    /// Drops all values.
+    fn clear(&mut self) {
+        (self.young, self.old, self.weight) = (HashMap::new(), HashMap::new(), 0);
+    }
+
     /// Holds `value`, which weighs `weight`.
     fn insert(&mut self, key: K, value: V, weight: usize) {
         if self.weight.saturating_add(weight) > self.half {
@@ -98,6 +108,8 @@ mod tests {
         recent.remove(&0);
         assert_eq!(recent.get(&0), None);
         assert_eq!(recent.get(&999), Some(999));
+        recent.clear();
+        assert_eq!((recent.get(&999), recent.weight), (None, 0));
     }
 
     #[test]

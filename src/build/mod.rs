@@ -228,6 +228,15 @@ impl Builder {
         self.0.slots.idle().await;
     }
 
+    /// Gives back memory that only saves work, which a worker that rests has no use for. What is needed of it is read
+    /// again.
+    pub fn trim(&self) {
+        self.0.closure.trim();
+        self.0.inputs.trim();
+        self.0.store.directories.trim();
+        cofferdam_sandbox::measure::trim_own_memory();
+    }
+
     /// Waits until this worker can do no more builds, whatever is asked of it: its spawner is gone.
     pub async fn broken(&self) {
         let mut broken = self.0.broken.subscribe();

@@ -80,6 +80,11 @@ impl Closure {
         Self { complete: Memo::new(REMEMBERED_DIRECTORIES) }
     }
 
+    /// Gives back the memory of what was found complete.
+    pub fn trim(&self) {
+        self.complete.clear();
+    }
+
     /// What `store` does not have as the trees of `roots` need it: every directory below them is looked at
     /// and every blob looked for, each digest once. The text beside a root stands for it in [`Finding::path`].
     ///

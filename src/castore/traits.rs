@@ -99,6 +99,9 @@ pub trait DirectoryService: Send + Sync {
     /// [`StoreError::MissingChild`] and [`StoreError::ChildSize`] where a directory refers to one that is
     /// neither in the store nor among those before it, or states another size for it.
     fn put(&self, directories: Vec<Directory>) -> Result<(), StoreError>;
+
+    /// Gives back memory that only saves work. What is needed of it is read again.
+    fn trim(&self) {}
 }
 
 /// A store: the two services that belong together.

@@ -103,6 +103,13 @@ impl Inputs {
             },
         }
     }
+
+    /// Gives back memory that only saves work.
+    pub fn trim(&self) {
+        if let Self::View(view) = self {
+            view.trim();
+        }
+    }
 }
 
 impl Shown {

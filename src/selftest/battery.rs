@@ -13,7 +13,6 @@ use std::time::{Duration, Instant};
 
 use cofferdam_sandbox::Pasta;
 use cofferdam_sandbox::attack::Call;
-use cofferdam_sandbox::measure::trim_own_memory;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{Gid, setgroups, setresgid, setresuid};
 use serde::{Deserialize, Serialize};
@@ -196,8 +195,8 @@ fn serve(runtime: &tokio::runtime::Runtime, theatre: &Arc<Theatre>) -> io::Resul
         let probes: Vec<&'static Probe> = ids.iter().filter_map(|id| find(id)).collect();
         runtime.block_on(perform(theatre, probes))?;
         let canary = runtime.block_on(canary(theatre));
-        // What many threads have freed is no leftover.
-        trim_own_memory();
+        // What was remembered, and what many threads have freed, is no leftover.
+        theatre.worker.builder.trim();
         reply(&Reply::Done { canary })?;
     }
     Ok(())

@@ -126,6 +126,12 @@ impl View {
         })
     }
 
+    /// Gives back memory that only saves work: of directories and blobs that are read again, it remembers them again.
+    pub fn trim(&self) {
+        self.shared.listings.clear();
+        self.shared.blobs.clear();
+    }
+
     /// How many inodes the view keeps for the kernel, the root's not counted.
     #[cfg(test)]
     fn inodes(&self) -> usize {

@@ -15,7 +15,7 @@ use crate::recent::Memo;
 const TABLE: TableDefinition<&[u8; Digest::LEN], &[u8]> = TableDefinition::new("directories");
 
 /// How much of its file the database may keep in memory.
-const DATABASE_CACHE_BYTES: usize = 32 * 1024 * 1024;
+const DATABASE_CACHE_BYTES: usize = 16 * 1024 * 1024;
 
 /// How many entries of directories may be remembered in decoded form, about 150 bytes each.
 const REMEMBERED_ENTRIES: usize = 256 * 1024;
@@ -125,6 +125,10 @@ impl DirectoryService for Directories {
         self.root.sync()?;
         // A commit costs another sync; a tree that is here already should not.
         if absent.is_empty() { Ok(()) } else { self.insert(&absent) }
+    }
+
+    fn trim(&self) {
+        self.remembered.clear();
     }
 }
 
