@@ -2,14 +2,15 @@
 //!
 //! ```text
 //! lock              locked for as long as anyone uses the store
-//! blobs/af/af13…    one read-only file for each blob, named by its digest
-//! directories.redb  directories by digest, in canonical encoding
+//! packs/00000000    small blobs, one behind the other
+//! blobs/af/af13…    one read-only file for each blob of more than 64 KiB, named by its digest
+//! index.redb        directories by digest, in canonical encoding, and where small blobs lie in the packs
 //! tmp/              blobs in the making; swept when the store is opened
 //! ```
 //!
 //! # What holds
-//! * A blob's name is the digest of the bytes that were written; it appears whole, by a rename. Directories
-//!   are checked against their digest when they are read.
+//! * A blob's name is the digest of the bytes that were written; it appears whole, by a rename or with its place in a
+//!   pack. Small blobs and directories are checked against their digest each time they are read.
 //! * Every directory in the store has all its child directories there. A `put` stores all of its
 //!   directories or none.
 //! * After the death of the process all of that holds.
@@ -18,19 +19,19 @@
 //!   tree ends with such a `put`, also where the tree is a single file.
 //!
 //! # What does not
-//! * A blob that was finished after the last `put` may be missing after the death of the machine, or be cut
-//!   off under its name. One that is empty, and should not be, counts as missing. One of another length does
+//! * A blob that was finished after the last `put` may be missing after the death of the machine, or, where it has a file
+//!   of its own, be cut off under its name. One that is empty, and should not be, counts as missing. One of another length does
 //!   not; it is found out when its length is compared with what a tree states
 //!   ([`Closure`](super::closure::Closure)). Storing either again mends it.
 //! * An ephemeral store syncs nothing: it goes with its process.
-//! * Blobs are not hashed again when they are opened. Whoever hands their bytes on to where they must be right does
+//! * Blobs in files are not hashed again when they are opened. Whoever hands their bytes on to where they must be right does
 //!   that while it copies them ([`export`](super::tree::export)), or asks for it before
 //!   ([`Blob::verify`](super::Blob::verify)), which costs something only for those that this process has neither
 //!   stored nor hashed, or that have changed since. What changes while it is open is not noticed.
 //!
-//! A `put` after which nothing new was stored costs no sync. One after a few blobs syncs these, one after many
-//! the whole file system, once; and the database once. The first one of a process always syncs the file system:
-//! what the last one left is not known.
+//! A `put` after which nothing new was stored costs no sync. One syncs the packs that have grown; after a few larger
+//! blobs these, after many the whole file system, once; and the database once. The first one of a process always syncs
+//! the file system: what the last one left is not known.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io;
@@ -44,11 +45,15 @@ use nix::libc;
 
 use super::traits::{Store, StoreError};
 use crate::config::Lifetime;
+use index::Index;
+use packs::Packs;
 use unsynced::Unsynced;
 use verified::Verified;
 
 mod blobs;
 mod directories;
+mod index;
+mod packs;
 #[cfg(test)]
 mod tests;
 mod unsynced;
@@ -79,8 +84,10 @@ impl LocalStore {
     /// As [`LocalStore::open`].
     pub fn open_for(path: &Path, lifetime: Lifetime) -> Result<Self, StoreError> {
         let root = Arc::new(Root::open(path, lifetime)?);
-        let directories = directories::Directories::open(Arc::clone(&root))?;
-        let blobs = blobs::Blobs::new(root);
+        let index = Arc::new(Index::open(Arc::clone(&root))?);
+        let packs = Arc::new(Packs::open(Arc::clone(&root), Arc::clone(&index))?);
+        let directories = directories::Directories::new(Arc::clone(&root), index, Arc::clone(&packs));
+        let blobs = blobs::Blobs::new(root, packs);
         Ok(Self { store: Store { blobs: Arc::new(blobs), directories: Arc::new(directories) } })
     }
 
@@ -93,6 +100,8 @@ impl LocalStore {
 /// The directory of a store: locked, complete and swept.
 struct Root {
     path: PathBuf,
+    /// `packs/`.
+    packs: OwnedFd,
     /// `blobs/`.
     blobs: OwnedFd,
     /// `tmp/`.
@@ -118,6 +127,8 @@ impl Root {
         let temporary = path.join("tmp");
         sweep(&temporary)?;
         make(&temporary)?;
+        let packs = path.join("packs");
+        make(&packs)?;
         let blobs = path.join("blobs");
         if !blobs.try_exists().map_err(|error| failed("look for", &blobs, error))? {
             // All or nothing, so that later ones need not look whether each is there.
@@ -127,6 +138,7 @@ impl Root {
         }
         Ok(Self {
             path: path.to_owned(),
+            packs: open_directory(&packs)?,
             blobs: open_directory(&blobs)?,
             temporary: open_directory(&temporary)?,
             next: AtomicU64::new(0),

@@ -56,7 +56,8 @@ impl DirectoryService for MemoryStore {
     }
 }
 
-struct MemoryBlob(Arc<[u8]>);
+/// A blob in memory.
+pub(super) struct MemoryBlob(pub(super) Arc<[u8]>);
 
 impl Blob for MemoryBlob {
     fn size(&self) -> u64 {

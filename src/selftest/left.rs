@@ -145,9 +145,10 @@ impl Scope {
     fn open_files(&self) -> u64 {
         let entries = fs::read_dir(format!("/proc/{}/fd", self.pid)).into_iter().flatten().flatten();
         let links = entries.map(|entry| fs::read_link(entry.path()).unwrap_or_default());
-        let blobs = Path::new(super::battery::STATE).join("store/blobs");
-        let others =
-            links.filter(|link| !contains(link.as_os_str().as_bytes(), blobs.as_os_str().as_bytes()));
+        let blobs = ["store/blobs", "store/packs"].map(|dir| Path::new(super::battery::STATE).join(dir));
+        let others = links.filter(|link| {
+            !blobs.iter().any(|dir| contains(link.as_os_str().as_bytes(), dir.as_os_str().as_bytes()))
+        });
         others.count() as u64
     }
 

@@ -95,19 +95,21 @@ fn builds_have_copies_of_their_own(case: &Case) {
 
 fn a_lost_blob_is_the_workers_fault(case: &Case) {
     let daemon = daemon(case, &[]);
-    case.write("dir/sub/file", "an input\n");
+    // Large enough for a file of its own in the store.
+    let contents = "an input\n".repeat(10_000);
+    case.write("dir/sub/file", &contents);
     let digest = store_add(case, &daemon, "dir");
     let directory = DirectoryEntry { name: "tree".into(), digest: digest.to_vec(), size: 4 };
     let build = |script: &str| {
         let entry = Entry { entry: Some(entry::Entry::Directory(directory.clone())) };
         client(events(&daemon, BuildRequest { inputs: vec![entry], ..request(script, &[]) }))
     };
-    assert_eq!(logged(&build("cat /inputs/tree/sub/file").unwrap()), "an input\n");
-    let blob = blake3::hash(b"an input\n").to_hex();
+    assert_eq!(logged(&build("cat /inputs/tree/sub/file").unwrap()), contents);
+    let blob = blake3::hash(contents.as_bytes()).to_hex();
     let place = daemon.state().join(format!("store/blobs/{}/{blob}", &blob[..2]));
     // As many bytes, but others.
     set_mode(&place, 0o644);
-    std::fs::write(&place, b"AN INPUT\n").unwrap();
+    std::fs::write(&place, contents.to_uppercase()).unwrap();
     for problem in ["are not those of digest", "is not in the store"] {
         let fault = build("echo ran").unwrap_err();
         assert_eq!(fault.code(), Code::Unavailable, "{fault}");

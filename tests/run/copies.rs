@@ -262,10 +262,12 @@ fn tree_of(dir: &Path) -> BTreeMap<String, (Vec<u8>, u32, i64)> {
 }
 
 fn a_changed_blob_is_named_before_the_build(case: &Case) {
-    case.write("dir/deep/file", "as it was");
+    // Large enough for a file of its own in the store.
+    let contents = "as it was".repeat(10_000);
+    case.write("dir/deep/file", &contents);
     let flags = ["--isolation", COPIES, "--state-dir", "state", "--input", "d=dir"];
-    case.run(&flags, "cat /inputs/d/deep/file").code(0).says("as it was");
-    let digest = blake3::hash(b"as it was").to_hex();
+    case.run(&flags, "cat /inputs/d/deep/file").code(0).says(&contents);
+    let digest = blake3::hash(contents.as_bytes()).to_hex();
     let blob = case.path(&format!("state/store/blobs/{}/{digest}", &digest[..2]));
     set_mode(&blob, 0o644);
     std::fs::OpenOptions::new().write(true).open(&blob).unwrap().write_all_at(b"A", 0).unwrap();

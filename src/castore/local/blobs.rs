@@ -1,4 +1,4 @@
-//! Blobs as files.
+//! Blobs: small ones in packs, others as files.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -11,31 +11,51 @@ use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
 use super::Root;
+use super::packs::{Packs, SMALL_BYTES};
 use crate::castore::file_blob::FileBlob;
+use crate::castore::memory::MemoryBlob;
 use crate::castore::node::Digest;
 use crate::castore::traits::{Blob, BlobService, BlobStat, BlobWriter, StoreError, Stored};
 use crate::lock::lock;
 
-/// A blob of up to this many bytes is written in one go, and not at all where it is there already; of a
-/// larger one, smaller writes are gathered up to this.
-const BUFFER_BYTES: usize = 64 * 1024;
+/// How many times a small blob is looked for that is just being moved from one pack to another.
+const MOVES: usize = 8;
 
 pub(super) struct Blobs {
     root: Arc<Root>,
+    packs: Arc<Packs>,
 }
 
 impl Blobs {
-    pub(super) fn new(root: Arc<Root>) -> Self {
-        Self { root }
+    pub(super) fn new(root: Arc<Root>, packs: Arc<Packs>) -> Self {
+        Self { root, packs }
+    }
+
+    /// The blob, if it is in a pack.
+    fn small(&self, digest: &Digest) -> Result<Option<Arc<dyn Blob>>, StoreError> {
+        for _ in 0..MOVES {
+            let Some(place) = self.packs.find(digest)? else { break };
+            if let Some(contents) = self.packs.read(digest, place)? {
+                return Ok(Some(Arc::new(MemoryBlob(contents))));
+            }
+        }
+        Ok(None)
     }
 }
 
 impl BlobService for Blobs {
     fn stat(&self, digest: &Digest) -> Result<Option<BlobStat>, StoreError> {
-        Ok(self.root.stored_size(digest)?.map(|size| BlobStat { size: Some(size) }))
+        let size = match self.packs.find(digest)? {
+            Some(place) => Some(u64::from(place.len)),
+            None => self.root.stored_size(digest)?,
+        };
+        Ok(size.map(|size| BlobStat { size: Some(size) }))
     }
 
     fn open(&self, digest: &Digest) -> Result<Option<Arc<dyn Blob>>, StoreError> {
+        if let Some(blob) = self.small(digest)? {
+            return Ok(Some(blob));
+        }
         let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
         let file = match openat(&self.root.blobs, place(digest).as_str(), flags, Mode::empty()) {
             Ok(file) => File::from(file),
@@ -57,6 +77,7 @@ impl BlobService for Blobs {
     fn create(&self) -> Result<Box<dyn BlobWriter>, StoreError> {
         Ok(Box::new(Writer {
             root: Arc::clone(&self.root),
+            packs: Arc::clone(&self.packs),
             hasher: blake3::Hasher::new(),
             buffer: Vec::new(),
             file: None,
@@ -116,10 +137,11 @@ impl Root {
     }
 }
 
-/// A blob in the making: hashed on the way into a temporary file, which exists only once there is more than
-/// the buffer holds.
+/// A blob in the making: hashed on the way into a temporary file, which exists only once there is more than goes into
+/// a pack.
 struct Writer {
     root: Arc<Root>,
+    packs: Arc<Packs>,
     hasher: blake3::Hasher,
     buffer: Vec<u8>,
     file: Option<Temporary>,
@@ -146,10 +168,10 @@ impl Writer {
     }
 
     fn push(&mut self, bytes: &[u8]) -> io::Result<()> {
-        if self.buffer.len() + bytes.len() > BUFFER_BYTES && !self.buffer.is_empty() {
+        if self.buffer.len() + bytes.len() > SMALL_BYTES && !self.buffer.is_empty() {
             self.save_buffer()?;
         }
-        if bytes.len() > BUFFER_BYTES {
+        if bytes.len() > SMALL_BYTES {
             return self.save(bytes);
         }
         self.buffer.extend_from_slice(bytes);
@@ -181,25 +203,20 @@ impl BlobWriter for Writer {
         }
         if self.file.is_some() {
             self.save_buffer().map_err(unwritable)?;
-        } else {
-            self.hasher.update(&self.buffer);
         }
+        let Some(file) = self.file.take() else {
+            let digest = Digest::of(&self.buffer);
+            let new = self.packs.add(&digest, &self.buffer)?;
+            return Ok(Stored { digest, size: self.buffer.len() as u64, new });
+        };
         let digest = Digest::from(self.hasher.finalize());
         let size = self.hasher.count();
         // Another length under this name is what a crash of the machine may leave; then it is replaced.
-        if self.root.stored_size(&digest)? == Some(size) {
-            return Ok(Stored { digest, size, new: false });
+        let new = self.root.stored_size(&digest)? != Some(size);
+        if new {
+            file.keep(&digest)?;
         }
-        let file = match self.file.take() {
-            Some(file) => file,
-            None => {
-                let mut file = Temporary::create(&self.root).map_err(unwritable)?;
-                file.file.write_all(&self.buffer).map_err(unwritable)?;
-                file
-            }
-        };
-        file.keep(&digest)?;
-        Ok(Stored { digest, size, new: true })
+        Ok(Stored { digest, size, new })
     }
 }
 

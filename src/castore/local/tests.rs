@@ -15,6 +15,17 @@ fn read(blob: &dyn Blob) -> Vec<u8> {
     bytes
 }
 
+/// A blob that has a file of its own.
+fn large(first: u8) -> Vec<u8> {
+    let mut bytes = vec![7; packs::SMALL_BYTES + 1];
+    bytes[0] = first;
+    bytes
+}
+
+fn place_of(dir: &TempDir, digest: &Digest) -> std::path::PathBuf {
+    dir.path().join(format!("store/blobs/{}/{digest}", &digest.to_hex()[..2]))
+}
+
 fn files_below(path: &Path) -> usize {
     let entries = fs::read_dir(path).unwrap().map(Result::unwrap);
     entries.map(|entry| if entry.path().is_dir() { files_below(&entry.path()) } else { 1 }).sum()
@@ -38,22 +49,33 @@ fn blobs_of_all_sizes_in_writes_of_all_sizes() {
             assert!(read(&*blob) == bytes, "{size} by {step}");
         }
     }
-    assert_eq!(files_below(&dir.path().join("store/blobs")), sizes.len());
+    let large = sizes.iter().filter(|size| **size > edge).count();
+    assert_eq!(files_below(&dir.path().join("store/blobs")), large);
     assert_eq!(files_below(&dir.path().join("store/tmp")), 0);
 }
 
 #[test]
-fn a_blob_is_a_read_only_file_of_its_bytes() {
+fn a_large_blob_is_a_read_only_file_of_its_bytes() {
     let (dir, store) = store();
-    let (hello, _) = put_blob(&store, b"hello world\n").unwrap();
-    let blob = store.blobs.open(&hello).unwrap().unwrap();
-    let mut bytes = [0; 5];
-    assert_eq!(blob.read_at(&mut bytes, 6).unwrap(), 5);
-    assert_eq!(&bytes, b"world");
-    assert_eq!(blob.read_at(&mut bytes, 10).unwrap(), 2);
-    assert_eq!(blob.read_at(&mut bytes, 1000).unwrap(), 0);
-    let path = dir.path().join(format!("store/blobs/{}/{hello}", &hello.to_hex()[..2]));
-    assert_eq!(fs::metadata(path).unwrap().permissions().mode() & 0o333, 0);
+    for bytes in [b"hello world\n".to_vec(), [&b"hello world\n"[..], &large(0)].concat()] {
+        let (digest, _) = put_blob(&store, &bytes).unwrap();
+        let blob = store.blobs.open(&digest).unwrap().unwrap();
+        let mut read = [0; 5];
+        assert_eq!(blob.read_at(&mut read, 6).unwrap(), 5);
+        assert_eq!(&read, b"world");
+        assert_eq!(blob.read_at(&mut read, bytes.len() as u64 - 2).unwrap(), 2);
+        assert_eq!(blob.read_at(&mut read, 1_000_000).unwrap(), 0);
+        if bytes.len() > packs::SMALL_BYTES {
+            assert_eq!(fs::read(place_of(&dir, &digest)).unwrap(), bytes);
+            assert_eq!(fs::metadata(place_of(&dir, &digest)).unwrap().permissions().mode() & 0o333, 0);
+        } else {
+            assert!(!place_of(&dir, &digest).exists());
+        }
+    }
+    assert_eq!(
+        fs::metadata(dir.path().join("store/packs/00000000")).unwrap().permissions().mode() & 0o077,
+        0
+    );
     assert_eq!(fs::metadata(dir.path().join("store")).unwrap().permissions().mode() & 0o777, 0o700);
 }
 
@@ -86,15 +108,16 @@ fn a_dropped_writer_leaves_nothing() {
 #[test]
 fn a_truncated_blob_is_mended_by_storing_it_again() {
     let (dir, store) = store();
-    let (hello, _) = put_blob(&store, b"hello").unwrap();
-    let path = dir.path().join(format!("store/blobs/{}/{hello}", &hello.to_hex()[..2]));
+    let bytes = large(0);
+    let (hello, _) = put_blob(&store, &bytes).unwrap();
+    let path = place_of(&dir, &hello);
     for (left, counts) in [(&b""[..], None), (b"hel", Some(BlobStat { size: Some(3) }))] {
         let _ = fs::remove_file(&path);
         fs::write(&path, left).unwrap();
         assert_eq!(store.blobs.stat(&hello).unwrap(), counts, "{left:?}");
         assert_eq!(store.blobs.open(&hello).unwrap().is_some(), counts.is_some(), "{left:?}");
-        put_blob(&store, b"hello").unwrap();
-        assert_eq!(fs::read(&path).unwrap(), b"hello", "{left:?}");
+        put_blob(&store, &bytes).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), bytes, "{left:?}");
     }
 }
 
@@ -150,9 +173,11 @@ fn directories_wait_for_the_blobs_before_them() {
     for (lifetime, few) in [(Lifetime::Lasting, 3), (Lifetime::Ephemeral, 0)] {
         let path = dir.path().join(format!("{lifetime:?}"));
         let root = Arc::new(Root::open(&path, lifetime).unwrap());
-        let directories = directories::Directories::open(Arc::clone(&root)).unwrap();
-        let blobs = Arc::new(blobs::Blobs::new(Arc::clone(&root)));
-        let directories = Arc::new(directories);
+        let index = Arc::new(Index::open(Arc::clone(&root)).unwrap());
+        let packs = Arc::new(Packs::open(Arc::clone(&root), Arc::clone(&index)).unwrap());
+        let directories =
+            Arc::new(directories::Directories::new(Arc::clone(&root), index, Arc::clone(&packs)));
+        let blobs = Arc::new(blobs::Blobs::new(Arc::clone(&root), Arc::clone(&packs)));
         let store = Store { blobs, directories };
         let unsynced = || root.unsynced.count();
         let lasting = lifetime == Lifetime::Lasting;
@@ -161,19 +186,25 @@ fn directories_wait_for_the_blobs_before_them() {
         assert_eq!(unsynced(), Some(0), "an empty put syncs, too");
 
         // Each new one waits, and one that is there already does not.
-        for bytes in [&b"a"[..], b"b", b"c", b"a"] {
-            put_blob(&store, bytes).unwrap();
+        for bytes in [large(1), large(2), large(3), large(1), b"small".to_vec()] {
+            put_blob(&store, &bytes).unwrap();
         }
-        assert_eq!(unsynced(), Some(few));
+        assert_eq!((unsynced(), packs.waiting()), (Some(few), (1, 1)));
         store.directories.put(vec![Directory::new()]).unwrap();
-        assert_eq!(unsynced(), Some(0));
+        assert_eq!((unsynced(), packs.waiting()), (Some(0), (0, 0)));
         for number in 0..100u8 {
             put_blob(&store, &[number; 3]).unwrap();
+            put_blob(&store, &large(number)).unwrap();
         }
         assert_eq!(unsynced(), if lasting { None } else { Some(0) }, "too many to count");
+        assert_eq!(packs.waiting(), (100, 1));
         store.directories.put(vec![Directory::new()]).unwrap();
-        assert_eq!(unsynced(), Some(0));
-        assert_eq!(read(&*store.blobs.open(&Digest::of(&[99; 3])).unwrap().unwrap()), [99; 3]);
+        assert_eq!((unsynced(), packs.waiting()), (Some(0), (100, 0)), "nothing new for the index to name");
+        store.directories.put(vec![parent_of(Directory::new().node())]).unwrap();
+        assert_eq!(packs.waiting(), (0, 0));
+        for bytes in [vec![99; 3], large(99)] {
+            assert_eq!(read(&*store.blobs.open(&Digest::of(&bytes)).unwrap().unwrap()), bytes);
+        }
     }
 }
 
@@ -283,7 +314,7 @@ fn damaged_directories_are_told_of_and_mended() {
         [("other bytes", b"x"), ("another directory", b""), ("truncated", &keep.encode()[..9])];
     drop(LocalStore::open(dir.path()).unwrap());
     let write = |digest: Digest, bytes: &[u8]| {
-        let database = Database::open(dir.path().join("directories.redb")).unwrap();
+        let database = Database::open(dir.path().join("index.redb")).unwrap();
         let writing = database.begin_write().unwrap();
         let table: TableDefinition<&[u8; 32], &[u8]> = TableDefinition::new("directories");
         writing.open_table(table).unwrap().insert(digest.as_bytes(), bytes).unwrap();

@@ -139,14 +139,17 @@ fn what_fails_is_named_and_leaves_nothing() {
     let (dir, store) = store();
     let file = |digest, size| Node::File { digest, size, executable: false };
     let (good, size) = put_blob(&store, b"good").unwrap();
-    let (changed, _) = put_blob(&store, b"to be changed").unwrap();
+    let (changed, changed_size) = put_blob(&store, &[7; 70_000]).unwrap();
     let place = dir.path().join(format!("store/blobs/{}/{changed}", &changed.to_hex()[..2]));
     fs::remove_file(&place).unwrap();
-    fs::write(&place, b"now different").unwrap();
+    fs::write(&place, [8; 70_000]).unwrap();
     let nowhere = Digest::of(b"nowhere");
     let cases = [
         (file(nowhere, 7), format!("the blob {nowhere}, needed for PATH, is not in the store")),
-        (file(changed, 13), format!("the store's contents for PATH are not those of digest {changed}")),
+        (
+            file(changed, changed_size),
+            format!("the store's contents for PATH are not those of digest {changed}"),
+        ),
         (file(good, size + 1), format!("PATH is said to have 5 bytes, but blob {good} has 4")),
     ];
     let target = dir.path().join("target");

@@ -475,5 +475,6 @@ async fn cancelled(stage: &Stage<'_>, count: usize) -> Result<(), Outcome> {
 fn open_files() -> usize {
     let entries = fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
     let links = entries.filter_map(|entry| fs::read_link(entry.path()).ok());
-    links.filter(|link| !link.to_string_lossy().contains("/store/blobs/")).count()
+    let of_blobs = |link: &str| link.contains("/store/blobs/") || link.contains("/store/packs/");
+    links.filter(|link| !of_blobs(&link.to_string_lossy())).count()
 }

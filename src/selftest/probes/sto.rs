@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::io::Write;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -90,29 +90,39 @@ enum When {
 async fn damaged_blobs(stage: &Stage<'_>) -> Outcome {
     let mut outcome = Outcome::Held;
     type Damage = fn(&mut Vec<u8>);
-    let damages: [(&str, Damage); 4] = [
-        ("one bit is another", |bytes| {
-            if let Some(byte) = bytes.get_mut(70_000) {
-                *byte ^= 1;
-            }
-        }),
-        ("it is cut off", |bytes| bytes.truncate(50_000)),
-        ("it is longer", |bytes| bytes.push(b'x')),
-        ("it is empty", Vec::clear),
+    let flip: Damage = |bytes| {
+        let middle = bytes.len() / 2;
+        if let Some(byte) = bytes.get_mut(middle) {
+            *byte ^= 1;
+        }
+    };
+    // Small ones share a file, which can't be cut off for one of them alone.
+    let damages: [(&str, usize, Damage); 5] = [
+        ("one bit is another", 100_000, flip),
+        ("one bit of a small one is another", 10_000, flip),
+        ("it is cut off", 100_000, |bytes| bytes.truncate(50_000)),
+        ("it is longer", 100_000, |bytes| bytes.push(b'x')),
+        ("it is empty", 100_000, Vec::clear),
     ];
-    for (what, damage) in damages {
+    for (what, size, damage) in damages {
         for when in [When::Before, When::While] {
-            outcome = outcome.and(damaged(stage, what, damage, when).await);
+            outcome = outcome.and(damaged(stage, what, size, damage, when).await);
         }
     }
     outcome
 }
 
-async fn damaged(stage: &Stage<'_>, what: &str, damage: fn(&mut Vec<u8>), when: When) -> Outcome {
+async fn damaged(
+    stage: &Stage<'_>,
+    what: &str,
+    size: usize,
+    damage: fn(&mut Vec<u8>),
+    when: When,
+) -> Outcome {
     let broken = |error: &dyn std::fmt::Display| Outcome::broken(format!("{what}: {error}"));
     // Contents that nobody has read before, so that no cache has them.
     let mut bytes = format!("{what} {when:?} {:?}\n", Instant::now()).into_bytes();
-    bytes.resize(100_000, b'.');
+    bytes.resize(size, b'.');
     let (digest, size) = match put(&stage.theatre.worker.store, &bytes) {
         Ok(put) => put,
         Err(error) => return broken(&error),
@@ -121,10 +131,12 @@ async fn damaged(stage: &Stage<'_>, what: &str, damage: fn(&mut Vec<u8>), when: 
         return Outcome::broken("no request");
     };
     draft.inputs.insert(name(DAMAGED), Node::File { digest, size, executable: false });
+    let sound = bytes.clone();
     damage(&mut bytes);
-    let file = blob_file(&stage.theatre.state(), &digest);
+    let state = stage.theatre.state();
+    let replace = || replace(&state, &digest, &sound, &bytes);
     if when == When::Before
-        && let Err(error) = replace(&file, &bytes)
+        && let Err(error) = replace()
     {
         return broken(&error);
     }
@@ -136,7 +148,7 @@ async fn damaged(stage: &Stage<'_>, what: &str, damage: fn(&mut Vec<u8>), when: 
                     Ok(()) => {}
                     Err(ended) => return broken(&ended.describe()),
                 }
-                if let Err(error) = replace(&file, &bytes) {
+                if let Err(error) = replace() {
                     return broken(&error);
                 }
             }
@@ -144,7 +156,7 @@ async fn damaged(stage: &Stage<'_>, what: &str, damage: fn(&mut Vec<u8>), when: 
         }
         Err(fault) => return judge(what, when, &digest, &fault),
     };
-    let _ = fs::remove_file(&file);
+    let _ = fs::remove_file(blob_file(&state, &digest));
     match &ended.end {
         End::Fault(fault) => judge(what, when, &digest, fault),
         _ => ended.verdict().and(match when {
@@ -175,10 +187,21 @@ fn blob_file(state: &Path, digest: &Digest) -> PathBuf {
     state.join("store/blobs").join(hex.get(..2).unwrap_or_default()).join(hex)
 }
 
-/// Writes other bytes into a blob's own file, as a disk that fails would.
-fn replace(file: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    fs::set_permissions(file, fs::Permissions::from_mode(0o600))?;
-    fs::write(file, bytes)
+/// Writes other bytes to where the blob `sound` lies, as a disk that fails would.
+fn replace(state: &Path, digest: &Digest, sound: &[u8], bytes: &[u8]) -> std::io::Result<()> {
+    let file = blob_file(state, digest);
+    if file.exists() {
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o600))?;
+        return fs::write(&file, bytes);
+    }
+    for pack in fs::read_dir(state.join("store/packs"))? {
+        let pack = pack?.path();
+        if let Some(at) = memchr::memmem::find(&fs::read(&pack)?, sound) {
+            let file = fs::OpenOptions::new().write(true).open(&pack)?;
+            return file.write_all_at(bytes, u64::try_from(at).unwrap_or(u64::MAX));
+        }
+    }
+    Err(std::io::ErrorKind::NotFound.into())
 }
 
 async fn bad_directories(stage: &Stage<'_>) -> Outcome {

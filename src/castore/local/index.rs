@@ -1,0 +1,162 @@
+//! The database of a store: directories, and where small blobs lie in their packs.
+
+use std::sync::Arc;
+
+use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
+
+use super::Root;
+use super::packs::{Batch, Place};
+use crate::castore::node::Digest;
+use crate::castore::traits::StoreError;
+use crate::config::Lifetime;
+
+/// Canonical encodings by digest.
+const DIRECTORIES: TableDefinition<&[u8; Digest::LEN], &[u8]> = TableDefinition::new("directories");
+
+/// Small blobs by digest: number of the pack, offset of the contents, their length.
+const SMALL: TableDefinition<&[u8; Digest::LEN], (u32, u64, u32)> = TableDefinition::new("small");
+
+/// Up to where the records of each pack are in [`SMALL`], or were and have been removed from it.
+const PACKS: TableDefinition<u32, u64> = TableDefinition::new("packs");
+
+/// How much of its file the database may keep in memory.
+const CACHE_BYTES: usize = 16 * 1024 * 1024;
+
+/// A directory on its way into the store, and its digest.
+pub(super) struct Encoded {
+    pub(super) digest: Digest,
+    pub(super) bytes: Vec<u8>,
+}
+
+pub(super) struct Index {
+    database: Database,
+    root: Arc<Root>,
+}
+
+impl Index {
+    /// Opens the database, or makes it. What happens to it, it is whole after the death of its process.
+    pub(super) fn open(root: Arc<Root>) -> Result<Self, StoreError> {
+        let database = Database::builder()
+            .set_cache_size(CACHE_BYTES)
+            .create(root.path.join("index.redb"))
+            .map_err(|error| refused("open", error))?;
+        let index = Self { database, root };
+        index.make_tables()?;
+        Ok(index)
+    }
+
+    /// Makes the tables, so that readers need not ask whether they are there. A transaction syncs: a store that has
+    /// them is opened without.
+    fn make_tables(&self) -> Result<(), StoreError> {
+        let reading = self.database.begin_read().map_err(|error| refused("read", error))?;
+        // The one that is made last.
+        if reading.open_table(PACKS).is_ok() {
+            return Ok(());
+        }
+        self.write(|writing| {
+            writing.open_table(DIRECTORIES).map_err(|error| refused("create a table in", error))?;
+            writing.open_table(SMALL).map_err(|error| refused("create a table in", error))?;
+            writing.open_table(PACKS).map_err(|error| refused("create a table in", error))?;
+            Ok(())
+        })
+    }
+
+    /// Carries out one transaction: all of it or nothing. It is on disk when this returns.
+    fn write<T>(
+        &self,
+        change: impl FnOnce(&WriteTransaction) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        let mut writing = self.database.begin_write().map_err(|error| refused("write to", error))?;
+        match self.root.lifetime {
+            Lifetime::Ephemeral => {
+                writing.set_durability(Durability::None).map_err(|error| refused("write to", error))?;
+            }
+            // After a crash the database is not walked as a whole.
+            Lifetime::Lasting => writing.set_quick_repair(true),
+        }
+        let done = change(&writing)?;
+        writing.commit().map_err(|error| refused("write to", error))?;
+        Ok(done)
+    }
+
+    /// Hands the encoding of a directory to `look`, if there is one.
+    pub(super) fn directory<T>(
+        &self,
+        digest: &Digest,
+        look: impl FnOnce(&[u8]) -> T,
+    ) -> Result<Option<T>, StoreError> {
+        let reading = self.database.begin_read().map_err(|error| refused("read", error))?;
+        let table = reading.open_table(DIRECTORIES).map_err(|error| refused("read", error))?;
+        let found = table.get(digest.as_bytes()).map_err(|error| refused("read", error))?;
+        Ok(found.map(|found| look(found.value())))
+    }
+
+    /// Those of `given` that are not there as they are, in their order.
+    pub(super) fn absent<'a>(&self, given: &'a [Encoded]) -> Result<Vec<&'a Encoded>, StoreError> {
+        let reading = self.database.begin_read().map_err(|error| refused("read", error))?;
+        let table = reading.open_table(DIRECTORIES).map_err(|error| refused("read", error))?;
+        let mut absent = Vec::new();
+        for directory in given {
+            let found = table.get(directory.digest.as_bytes()).map_err(|error| refused("read", error))?;
+            if found.is_none_or(|found| found.value() != directory.bytes) {
+                absent.push(directory);
+            }
+        }
+        Ok(absent)
+    }
+
+    /// Where a small blob lies.
+    pub(super) fn place(&self, digest: &Digest) -> Result<Option<Place>, StoreError> {
+        let reading = self.database.begin_read().map_err(|error| refused("read", error))?;
+        let table = reading.open_table(SMALL).map_err(|error| refused("read", error))?;
+        let found = table.get(digest.as_bytes()).map_err(|error| refused("read", error))?;
+        Ok(found.map(|found| found.value().into()))
+    }
+
+    /// Up to where the records of a pack are known.
+    pub(super) fn known(&self, pack: u32) -> Result<Option<u64>, StoreError> {
+        let reading = self.database.begin_read().map_err(|error| refused("read", error))?;
+        let table = reading.open_table(PACKS).map_err(|error| refused("read", error))?;
+        let found = table.get(pack).map_err(|error| refused("read", error))?;
+        Ok(found.map(|found| found.value()))
+    }
+
+    /// Adds directories, and small blobs whose packs are on disk.
+    pub(super) fn add(&self, directories: &[&Encoded], blobs: &Batch) -> Result<(), StoreError> {
+        self.write(|writing| {
+            let mut table = writing.open_table(DIRECTORIES).map_err(|error| refused("write to", error))?;
+            for directory in directories {
+                table
+                    .insert(directory.digest.as_bytes(), directory.bytes.as_slice())
+                    .map_err(|error| refused("write to", error))?;
+            }
+            let mut table = writing.open_table(SMALL).map_err(|error| refused("write to", error))?;
+            for (digest, place) in &blobs.places {
+                table
+                    .insert(digest.as_bytes(), <(u32, u64, u32)>::from(*place))
+                    .map_err(|error| refused("write to", error))?;
+            }
+            let mut table = writing.open_table(PACKS).map_err(|error| refused("write to", error))?;
+            for (pack, end) in &blobs.ends {
+                table.insert(pack, end).map_err(|error| refused("write to", error))?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Forgets that a small blob lies at `place`, if it is still said to.
+    pub(super) fn forget(&self, digest: &Digest, place: Place) -> Result<(), StoreError> {
+        self.write(|writing| {
+            let mut table = writing.open_table(SMALL).map_err(|error| refused("write to", error))?;
+            let found = table.get(digest.as_bytes()).map_err(|error| refused("read", error))?;
+            if found.is_some_and(|found| Place::from(found.value()) == place) {
+                table.remove(digest.as_bytes()).map_err(|error| refused("write to", error))?;
+            }
+            Ok(())
+        })
+    }
+}
+
+pub(super) fn refused(act: &'static str, source: impl Into<redb::Error>) -> StoreError {
+    StoreError::Database { act, source: Box::new(source.into()) }
+}

@@ -1,0 +1,415 @@
+//! Small blobs, one behind the other in a few large files.
+//!
+//! A file of its own costs a small blob more than its bytes: an inode, a name, several system calls to make it and
+//! some to open it. In a pack it is a record, written by one call and read by one; and what was stored together lies
+//! together, so that a disk is read ahead.
+//!
+//! ```text
+//! packs/00000000   a record after the other, up to PACK_BYTES
+//! record           "cblb", length of the contents (4 bytes, little endian), their digest (32 bytes), the contents
+//! ```
+//!
+//! Records are only ever added at the end of the last pack. The index says where they lie, and lags behind: what was
+//! added since it was last written is kept in memory, and found again from the packs themselves after a crash. A
+//! record counts if its contents have its digest, so half a record at the end of a pack is no blob, and is cut off.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::Mode;
+
+use super::index::{Encoded, Index};
+use super::{Root, failed};
+use crate::castore::node::Digest;
+use crate::castore::traits::StoreError;
+use crate::config::Lifetime;
+use crate::lock::lock;
+use crate::recent::Memo;
+
+#[cfg(test)]
+mod tests;
+
+/// The largest blob that goes into a pack, in bytes.
+pub(super) const SMALL_BYTES: usize = 64 * 1024;
+
+/// A pack that has this many bytes is full.
+const PACK_BYTES: u64 = 256 << 20;
+
+/// How many blobs may be missing from the index, some 100 bytes of memory each.
+const MAX_PENDING: usize = 1 << 16;
+
+/// How many packs are kept open.
+const OPEN_PACKS: usize = 128;
+
+const MAGIC: [u8; 4] = *b"cblb";
+const HEADER_BYTES: usize = MAGIC.len() + 4 + Digest::LEN;
+
+/// Where a blob lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    pub(super) pack: u32,
+    /// Where its contents begin.
+    pub(super) offset: u64,
+    /// How long they are.
+    pub(super) len: u32,
+}
+
+impl From<(u32, u64, u32)> for Place {
+    fn from((pack, offset, len): (u32, u64, u32)) -> Self {
+        Self { pack, offset, len }
+    }
+}
+
+impl From<Place> for (u32, u64, u32) {
+    fn from(Place { pack, offset, len }: Place) -> Self {
+        (pack, offset, len)
+    }
+}
+
+/// Blobs that the index does not have yet, and how far the packs then are known.
+#[derive(Debug, Default)]
+pub(super) struct Batch {
+    pub(super) places: Vec<(Digest, Place)>,
+    pub(super) ends: BTreeMap<u32, u64>,
+}
+
+pub(super) struct Packs {
+    root: Arc<Root>,
+    index: Arc<Index>,
+    state: Mutex<State>,
+    /// Held while packs reach the disk: who finds nothing left to sync must know that it has.
+    turn: Mutex<()>,
+    open: Memo<u32, Arc<File>>,
+}
+
+struct State {
+    /// The last pack, which grows; none before the first blob.
+    last: Option<Last>,
+    next: u32,
+    /// Packs that have something to be synced, the last one included.
+    unsynced: Vec<Arc<File>>,
+    pending: HashMap<Digest, Place>,
+    /// Ends of the packs that have grown since the index was written.
+    ends: BTreeMap<u32, u64>,
+    /// A record in the making.
+    record: Vec<u8>,
+}
+
+struct Last {
+    number: u32,
+    file: Arc<File>,
+    end: u64,
+}
+
+impl Packs {
+    /// Opens the packs and finds what the index does not know of them.
+    pub(super) fn open(root: Arc<Root>, index: Arc<Index>) -> Result<Self, StoreError> {
+        let state = State {
+            last: None,
+            next: 0,
+            unsynced: Vec::new(),
+            pending: HashMap::new(),
+            ends: BTreeMap::new(),
+            record: Vec::new(),
+        };
+        let packs =
+            Self { root, index, state: Mutex::new(state), turn: Mutex::new(()), open: Memo::new(OPEN_PACKS) };
+        for number in packs.numbers()? {
+            packs.recover(number)?;
+        }
+        Ok(packs)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    /// The packs there are, ascending.
+    pub(super) fn numbers(&self) -> Result<Vec<u32>, StoreError> {
+        let dir = self.root.path.join("packs");
+        let entries = fs::read_dir(&dir).and_then(Iterator::collect::<io::Result<Vec<_>>>);
+        let entries = entries.map_err(|error| failed("list", &dir, error))?;
+        let number = |entry: fs::DirEntry| {
+            let name = entry.file_name();
+            let name = name.to_str().filter(|name| name.len() == NAME_DIGITS)?;
+            u32::from_str_radix(name, 16).ok()
+        };
+        let mut numbers: Vec<u32> = entries.into_iter().filter_map(number).collect();
+        numbers.sort_unstable();
+        Ok(numbers)
+    }
+
+    /// Takes up a pack: finds the records behind what the index knows, and cuts off what is none.
+    fn recover(&self, number: u32) -> Result<(), StoreError> {
+        let fail = |act| move |error| pack_error(act, number, error);
+        let file = self.open_pack(number, OFlag::O_RDWR).map_err(fail("open"))?;
+        let file = Arc::new(file);
+        let known = self.index.known(number)?.unwrap_or(0);
+        let len = file.metadata().map_err(fail("look at"))?.len();
+        let mut end = known.min(len);
+        let mut reader = io::BufReader::with_capacity(1 << 20, At { file: &file, offset: end });
+        while let Some((digest, contents)) = next_record(&mut reader).map_err(fail("read"))? {
+            let offset = end + HEADER_BYTES as u64;
+            end = offset + contents.len() as u64;
+            let mut state = self.state();
+            let place = Place { pack: number, offset, len: u32::try_from(contents.len()).unwrap_or(0) };
+            state.pending.insert(digest, place);
+            state.ends.insert(number, end);
+            state.note_unsynced(&file);
+            let full = state.pending.len() >= MAX_PENDING;
+            drop(state);
+            if full {
+                self.flush()?;
+            }
+        }
+        if end < len {
+            tracing::info!(
+                pack = number,
+                bytes = len - end,
+                "the end of a pack holds no whole blob; cut off"
+            );
+            file.set_len(end).map_err(fail("cut off the end of"))?;
+        }
+        let mut state = self.state();
+        state.next = number.saturating_add(1);
+        state.last = Some(Last { number, file, end });
+        Ok(())
+    }
+
+    fn open_pack(&self, number: u32, flags: OFlag) -> io::Result<File> {
+        let flags = flags | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
+        Ok(openat(&self.root.packs, name(number).as_str(), flags, Mode::from_bits_truncate(0o600))?.into())
+    }
+
+    /// Where a blob lies, if it is in a pack.
+    pub(super) fn find(&self, digest: &Digest) -> Result<Option<Place>, StoreError> {
+        let pending = self.state().pending.get(digest).copied();
+        match pending {
+            Some(place) => Ok(Some(place)),
+            None => self.index.place(digest),
+        }
+    }
+
+    /// The contents of the blob `digest`, which lies at `place`, compared with the digest.
+    ///
+    /// A damaged one is forgotten, so that it can be stored again.
+    pub(super) fn read(&self, digest: &Digest, place: Place) -> Result<Option<Arc<[u8]>>, StoreError> {
+        let act = |error| pack_error("read", place.pack, error);
+        let file = match self.open.get(&place.pack) {
+            Some(file) => file,
+            None => match self.open_pack(place.pack, OFlag::O_RDONLY) {
+                Ok(file) => {
+                    let file = Arc::new(file);
+                    self.open.insert(place.pack, Arc::clone(&file), 1);
+                    file
+                }
+                // It has just been moved to another pack.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+                Err(error) => return Err(act(error)),
+            },
+        };
+        let mut contents = vec![0; place.len as usize];
+        match file.read_exact_at(&mut contents, place.offset) {
+            Ok(()) if Digest::of(&contents) == *digest => Ok(Some(contents.into())),
+            Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => Err(act(error)),
+            _ => {
+                tracing::error!(%digest, pack = place.pack, "a blob in the store is damaged; it is forgotten");
+                self.forget(digest, place)?;
+                Err(StoreError::Damaged { kind: "blob", digest: *digest })
+            }
+        }
+    }
+
+    fn forget(&self, digest: &Digest, place: Place) -> Result<(), StoreError> {
+        let mut state = self.state();
+        if state.pending.get(digest) == Some(&place) {
+            state.pending.remove(digest);
+        }
+        drop(state);
+        self.index.forget(digest, place)
+    }
+
+    /// Adds a blob; false where it is there already.
+    pub(super) fn add(&self, digest: &Digest, contents: &[u8]) -> Result<bool, StoreError> {
+        if self.index.place(digest)?.is_some() {
+            return Ok(false);
+        }
+        let mut state = self.state();
+        if state.pending.contains_key(digest) {
+            return Ok(false);
+        }
+        self.append(&mut state, digest, contents)
+            .map_err(|error| StoreError::io("write", "a new blob", error))?;
+        let full = state.pending.len() >= MAX_PENDING;
+        drop(state);
+        if full {
+            self.flush()?;
+        }
+        Ok(true)
+    }
+
+    fn append(&self, state: &mut State, digest: &Digest, contents: &[u8]) -> io::Result<()> {
+        let len = u32::try_from(contents.len()).map_err(|_| io::ErrorKind::FileTooLarge)?;
+        if state.last.as_ref().is_none_or(|last| last.end >= PACK_BYTES) {
+            state.last = Some(self.begin(state.next)?);
+            state.next = state.next.checked_add(1).ok_or(io::ErrorKind::StorageFull)?;
+        }
+        let State { last, record, .. } = state;
+        let Some(last) = last else { return Err(io::ErrorKind::NotFound.into()) };
+        record.clear();
+        record.extend_from_slice(&MAGIC);
+        record.extend_from_slice(&len.to_le_bytes());
+        record.extend_from_slice(digest.as_bytes());
+        record.extend_from_slice(contents);
+        if let Err(error) = last.file.write_all_at(record, last.end) {
+            // What was written of it would be overwritten, or cut off at the next start; but the disk may be full.
+            let _ = last.file.set_len(last.end);
+            return Err(error);
+        }
+        let place = Place { pack: last.number, offset: last.end + HEADER_BYTES as u64, len };
+        last.end += record.len() as u64;
+        let (number, file, end) = (last.number, Arc::clone(&last.file), last.end);
+        state.note_unsynced(&file);
+        state.ends.insert(number, end);
+        state.pending.insert(*digest, place);
+        Ok(())
+    }
+
+    /// Makes a pack, whose name is on disk when this returns.
+    fn begin(&self, number: u32) -> io::Result<Last> {
+        let file = self.open_pack(number, OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL)?;
+        if self.root.lifetime == Lifetime::Lasting {
+            nix::unistd::fsync(&self.root.packs)?;
+        }
+        Ok(Last { number, file: Arc::new(file), end: 0 })
+    }
+
+    /// What is to go into the index; [`Packs::sync`] must come between this and that.
+    pub(super) fn batch(&self) -> Batch {
+        let state = self.state();
+        let places = state.pending.iter().map(|(digest, place)| (*digest, *place)).collect();
+        Batch { places, ends: state.ends.clone() }
+    }
+
+    /// Notes that the index has this.
+    pub(super) fn indexed(&self, batch: &Batch) {
+        let mut state = self.state();
+        for (digest, place) in &batch.places {
+            if state.pending.get(digest) == Some(place) {
+                state.pending.remove(digest);
+            }
+        }
+        state.ends.retain(|pack, end| batch.ends.get(pack) != Some(end));
+    }
+
+    /// Returns once every blob that was added before is on disk.
+    pub(super) fn sync(&self) -> Result<(), StoreError> {
+        let _turn = lock(&self.turn);
+        let unsynced = std::mem::take(&mut self.state().unsynced);
+        if self.root.lifetime == Lifetime::Ephemeral {
+            return Ok(());
+        }
+        unsynced.iter().try_for_each(|file| file.sync_data()).map_err(|error| {
+            let mut state = self.state();
+            for file in &unsynced {
+                state.note_unsynced(file);
+            }
+            StoreError::io("sync", self.root.path.join("packs").display().to_string(), error)
+        })
+    }
+
+    /// Brings the index up to date.
+    pub(super) fn flush(&self) -> Result<(), StoreError> {
+        self.add_with(&[])
+    }
+
+    /// The same, and adds directories.
+    pub(super) fn add_with(&self, directories: &[&Encoded]) -> Result<(), StoreError> {
+        let batch = self.batch();
+        self.sync()?;
+        self.index.add(directories, &batch)?;
+        self.indexed(&batch);
+        Ok(())
+    }
+}
+
+impl State {
+    fn note_unsynced(&mut self, file: &Arc<File>) {
+        if !self.unsynced.iter().any(|known| Arc::ptr_eq(known, file)) {
+            self.unsynced.push(Arc::clone(file));
+        }
+    }
+}
+
+impl Drop for Packs {
+    /// So that the next start has nothing to find.
+    fn drop(&mut self) {
+        if self.root.lifetime == Lifetime::Lasting
+            && !self.state().pending.is_empty()
+            && let Err(error) = self.flush()
+        {
+            tracing::warn!("the index is not up to date, the next start mends that: {error}");
+        }
+    }
+}
+
+const NAME_DIGITS: usize = 8;
+
+/// What a pack is called.
+fn name(number: u32) -> String {
+    format!("{number:08x}")
+}
+
+fn pack_error(act: &'static str, number: u32, error: io::Error) -> StoreError {
+    StoreError::io(act, format!("pack {}", name(number)), error)
+}
+
+/// A file, read from an offset on.
+struct At<'a> {
+    file: &'a File,
+    offset: u64,
+}
+
+impl Read for At<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.file.read_at(buffer, self.offset)?;
+        self.offset += count as u64;
+        Ok(count)
+    }
+}
+
+/// The next record with its digest; `None` where there is no whole one.
+fn next_record(reader: &mut impl Read) -> io::Result<Option<(Digest, Vec<u8>)>> {
+    let whole = |read: io::Result<()>| match read {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+        Err(error) => Err(error),
+    };
+    let (mut magic, mut len, mut digest) = ([0; MAGIC.len()], [0; 4], [0; Digest::LEN]);
+    for part in [&mut magic[..], &mut len, &mut digest] {
+        if !whole(reader.read_exact(part))? {
+            return Ok(None);
+        }
+    }
+    let len = u32::from_le_bytes(len) as usize;
+    let Ok(digest) = Digest::try_from(&digest[..]) else { return Ok(None) };
+    if magic != MAGIC || len > SMALL_BYTES {
+        return Ok(None);
+    }
+    let mut contents = vec![0; len];
+    let sound = whole(reader.read_exact(&mut contents))? && Digest::of(&contents) == digest;
+    Ok(sound.then_some((digest, contents)))
+}
+
+#[cfg(test)]
+impl Packs {
+    /// How many blobs are not in the index, and how many packs not on disk.
+    pub(super) fn waiting(&self) -> (usize, usize) {
+        let state = self.state();
+        (state.pending.len(), state.unsynced.len())
+    }
+}
