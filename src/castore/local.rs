@@ -58,12 +58,16 @@ mod packs;
 mod tests;
 mod unsynced;
 mod verified;
+pub mod verify;
 
 /// Mode of the directories that a store consists of: what it holds is its owner's business.
 const DIRECTORY_MODE: u32 = 0o700;
 
 /// A store in a directory on this machine, opened by this process alone.
 pub struct LocalStore {
+    root: Arc<Root>,
+    index: Arc<Index>,
+    packs: Arc<Packs>,
     store: Store,
 }
 
@@ -86,9 +90,10 @@ impl LocalStore {
         let root = Arc::new(Root::open(path, lifetime)?);
         let index = Arc::new(Index::open(Arc::clone(&root))?);
         let packs = Arc::new(Packs::open(Arc::clone(&root), Arc::clone(&index))?);
-        let directories = directories::Directories::new(Arc::clone(&root), index, Arc::clone(&packs));
-        let blobs = blobs::Blobs::new(root, packs);
-        Ok(Self { store: Store { blobs: Arc::new(blobs), directories: Arc::new(directories) } })
+        let directories = directories::Directories::new(&root, &index, &packs);
+        let blobs = blobs::Blobs::new(Arc::clone(&root), Arc::clone(&packs));
+        let store = Store { blobs: Arc::new(blobs), directories: Arc::new(directories) };
+        Ok(Self { root, index, packs, store })
     }
 
     /// The two services.

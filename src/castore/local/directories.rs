@@ -21,8 +21,13 @@ pub(super) struct Directories {
 }
 
 impl Directories {
-    pub(super) fn new(root: Arc<Root>, index: Arc<Index>, packs: Arc<Packs>) -> Self {
-        Self { root, index, packs, remembered: Memo::new(REMEMBERED_ENTRIES) }
+    pub(super) fn new(root: &Arc<Root>, index: &Arc<Index>, packs: &Arc<Packs>) -> Self {
+        Self {
+            root: Arc::clone(root),
+            index: Arc::clone(index),
+            packs: Arc::clone(packs),
+            remembered: Memo::new(REMEMBERED_ENTRIES),
+        }
     }
 
     fn read(&self, digest: &Digest) -> Result<Option<Arc<Directory>>, StoreError> {

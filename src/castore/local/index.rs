@@ -144,19 +144,75 @@ impl Index {
         })
     }
 
-    /// Forgets that a small blob lies at `place`, if it is still said to.
-    pub(super) fn forget(&self, digest: &Digest, place: Place) -> Result<(), StoreError> {
+    /// Forgets that small blobs lie where they are said to, if they still are.
+    pub(super) fn forget(&self, blobs: &[(Digest, Place)]) -> Result<(), StoreError> {
         self.write(|writing| {
             let mut table = writing.open_table(SMALL).map_err(|error| refused("write to", error))?;
-            let found = table.get(digest.as_bytes()).map_err(|error| refused("read", error))?;
-            if found.is_some_and(|found| Place::from(found.value()) == place) {
+            for (digest, place) in blobs {
+                let found = table.get(digest.as_bytes()).map_err(|error| refused("read", error))?;
+                let found = found.map(|found| Place::from(found.value()));
+                if found == Some(*place) {
+                    table.remove(digest.as_bytes()).map_err(|error| refused("write to", error))?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Removes directories, all of them or none.
+    pub(super) fn remove_directories<'d>(
+        &self,
+        digests: impl IntoIterator<Item = &'d Digest>,
+    ) -> Result<(), StoreError> {
+        self.write(|writing| {
+            let mut table = writing.open_table(DIRECTORIES).map_err(|error| refused("write to", error))?;
+            for digest in digests {
                 table.remove(digest.as_bytes()).map_err(|error| refused("write to", error))?;
             }
             Ok(())
         })
     }
+
+    /// Hands every directory to `look`, as it was when this began, until that says no.
+    pub(super) fn each_directory(
+        &self,
+        mut look: impl FnMut(Digest, &[u8]) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
+        let reading = self.database.begin_read().map_err(|error| refused("read", error))?;
+        let table = reading.open_table(DIRECTORIES).map_err(|error| refused("read", error))?;
+        for entry in table.iter().map_err(|error| refused("read", error))? {
+            let (digest, bytes) = entry.map_err(|error| refused("read", error))?;
+            look(Digest::from(*digest.value()), bytes.value())?;
+        }
+        Ok(())
+    }
+
+    /// Where every small blob lies, in no order.
+    pub(super) fn places(&self) -> Result<Vec<(Digest, Place)>, StoreError> {
+        let reading = self.database.begin_read().map_err(|error| refused("read", error))?;
+        let table = reading.open_table(SMALL).map_err(|error| refused("read", error))?;
+        let entries = table.iter().map_err(|error| refused("read", error))?;
+        let place =
+            |entry: Result<(redb::AccessGuard<'_, &[u8; Digest::LEN]>, redb::AccessGuard<'_, _>), _>| {
+                let (digest, place) = entry.map_err(|error: redb::StorageError| refused("read", error))?;
+                Ok((Digest::from(*digest.value()), Place::from(place.value())))
+            };
+        entries.map(place).collect()
+    }
 }
 
 pub(super) fn refused(act: &'static str, source: impl Into<redb::Error>) -> StoreError {
     StoreError::Database { act, source: Box::new(source.into()) }
+}
+
+#[cfg(test)]
+impl Index {
+    /// Puts other bytes where a directory lies.
+    pub(super) fn overwrite_directory(&self, digest: &Digest, bytes: &[u8]) {
+        let write = |writing: &WriteTransaction| {
+            writing.open_table(DIRECTORIES).unwrap().insert(digest.as_bytes(), bytes).unwrap();
+            Ok(())
+        };
+        self.write(write).unwrap();
+    }
 }

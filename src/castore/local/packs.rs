@@ -10,12 +10,13 @@
 //! ```
 //!
 //! Records are only ever added at the end of the last pack. The index says where they lie, and lags behind: what was
-//! added since it was last written is kept in memory, and found again from the packs themselves after a crash. A
-//! record counts if its contents have its digest, so half a record at the end of a pack is no blob, and is cut off.
+//! added since it was last written is kept in memory, and found again from the packs themselves after a crash, as is
+//! everything where the index itself is lost. A record counts if its contents have its digest, so half a record at the
+//! end of a pack is no blob, and is cut off.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -37,7 +38,7 @@ mod tests;
 pub(super) const SMALL_BYTES: usize = 64 * 1024;
 
 /// A pack that has this many bytes is full.
-const PACK_BYTES: u64 = 256 << 20;
+const PACK_BYTES: u64 = 64 << 20;
 
 /// How many blobs may be missing from the index, some 100 bytes of memory each.
 const MAX_PENDING: usize = 1 << 16;
@@ -68,6 +69,16 @@ impl From<Place> for (u32, u64, u32) {
     fn from(Place { pack, offset, len }: Place) -> Self {
         (pack, offset, len)
     }
+}
+
+/// What lies at a place.
+pub(super) enum Contents {
+    /// The blob.
+    Sound(Arc<[u8]>),
+    /// Other bytes, or fewer.
+    Damaged,
+    /// Nothing: the pack has been removed. What was sound in it lies elsewhere.
+    Moved,
 }
 
 /// Blobs that the index does not have yet, and how far the packs then are known.
@@ -151,12 +162,17 @@ impl Packs {
         let known = self.index.known(number)?.unwrap_or(0);
         let len = file.metadata().map_err(fail("look at"))?.len();
         let mut end = known.min(len);
-        let mut reader = io::BufReader::with_capacity(1 << 20, At { file: &file, offset: end });
-        while let Some((digest, contents)) = next_record(&mut reader).map_err(fail("read"))? {
-            let offset = end + HEADER_BYTES as u64;
-            end = offset + contents.len() as u64;
+        let mut tail = vec![0; usize::try_from(len - end).unwrap_or(0)];
+        file.read_exact_at(&mut tail, end).map_err(fail("read"))?;
+        let begin = end;
+        for (at, digest, contents) in records(&tail) {
+            let place = Place {
+                pack: number,
+                offset: begin + at as u64,
+                len: u32::try_from(contents.len()).unwrap_or(0),
+            };
+            end = place.offset + contents.len() as u64;
             let mut state = self.state();
-            let place = Place { pack: number, offset, len: u32::try_from(contents.len()).unwrap_or(0) };
             state.pending.insert(digest, place);
             state.ends.insert(number, end);
             state.note_unsynced(&file);
@@ -198,6 +214,18 @@ impl Packs {
     ///
     /// A damaged one is forgotten, so that it can be stored again.
     pub(super) fn read(&self, digest: &Digest, place: Place) -> Result<Option<Arc<[u8]>>, StoreError> {
+        let damaged = match self.contents(digest, place)? {
+            Contents::Moved => return Ok(None),
+            Contents::Sound(contents) => return Ok(Some(contents)),
+            Contents::Damaged => StoreError::Damaged { kind: "blob", digest: *digest },
+        };
+        tracing::error!(%digest, pack = place.pack, "a blob in the store is damaged; it is forgotten");
+        self.forget(&[(*digest, place)])?;
+        Err(damaged)
+    }
+
+    /// What lies at a place, compared with the digest that it should have.
+    pub(super) fn contents(&self, digest: &Digest, place: Place) -> Result<Contents, StoreError> {
         let act = |error| pack_error("read", place.pack, error);
         let file = match self.open.get(&place.pack) {
             Some(file) => file,
@@ -208,29 +236,30 @@ impl Packs {
                     file
                 }
                 // It has just been moved to another pack.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Contents::Moved),
                 Err(error) => return Err(act(error)),
             },
         };
-        let mut contents = vec![0; place.len as usize];
-        match file.read_exact_at(&mut contents, place.offset) {
-            Ok(()) if Digest::of(&contents) == *digest => Ok(Some(contents.into())),
-            Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => Err(act(error)),
-            _ => {
-                tracing::error!(%digest, pack = place.pack, "a blob in the store is damaged; it is forgotten");
-                self.forget(digest, place)?;
-                Err(StoreError::Damaged { kind: "blob", digest: *digest })
+        let mut record = vec![0; HEADER_BYTES + place.len as usize];
+        match file.read_exact_at(&mut record, place.offset.saturating_sub(HEADER_BYTES as u64)) {
+            Ok(()) if first_record(&record).is_some_and(|(found, _)| found == *digest) => {
+                Ok(Contents::Sound(record.get(HEADER_BYTES..).unwrap_or_default().into()))
             }
+            Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => Err(act(error)),
+            _ => Ok(Contents::Damaged),
         }
     }
 
-    fn forget(&self, digest: &Digest, place: Place) -> Result<(), StoreError> {
+    /// Forgets that blobs lie where they are said to.
+    pub(super) fn forget(&self, blobs: &[(Digest, Place)]) -> Result<(), StoreError> {
         let mut state = self.state();
-        if state.pending.get(digest) == Some(&place) {
-            state.pending.remove(digest);
+        for (digest, place) in blobs {
+            if state.pending.get(digest) == Some(place) {
+                state.pending.remove(digest);
+            }
         }
         drop(state);
-        self.index.forget(digest, place)
+        self.index.forget(blobs)
     }
 
     /// Adds a blob; false where it is there already.
@@ -261,9 +290,7 @@ impl Packs {
         let State { last, record, .. } = state;
         let Some(last) = last else { return Err(io::ErrorKind::NotFound.into()) };
         record.clear();
-        record.extend_from_slice(&MAGIC);
-        record.extend_from_slice(&len.to_le_bytes());
-        record.extend_from_slice(digest.as_bytes());
+        record.extend_from_slice(&header(digest, len));
         record.extend_from_slice(contents);
         if let Err(error) = last.file.write_all_at(record, last.end) {
             // What was written of it would be overwritten, or cut off at the next start; but the disk may be full.
@@ -331,6 +358,9 @@ impl Packs {
     pub(super) fn add_with(&self, directories: &[&Encoded]) -> Result<(), StoreError> {
         let batch = self.batch();
         self.sync()?;
+        if directories.is_empty() && batch.ends.is_empty() {
+            return Ok(());
+        }
         self.index.add(directories, &batch)?;
         self.indexed(&batch);
         Ok(())
@@ -368,41 +398,40 @@ fn pack_error(act: &'static str, number: u32, error: io::Error) -> StoreError {
     StoreError::io(act, format!("pack {}", name(number)), error)
 }
 
-/// A file, read from an offset on.
-struct At<'a> {
-    file: &'a File,
-    offset: u64,
+/// What comes before the contents of a blob.
+fn header(digest: &Digest, len: u32) -> [u8; HEADER_BYTES] {
+    let mut header = [0; HEADER_BYTES];
+    let len = len.to_le_bytes();
+    let parts = MAGIC.iter().chain(&len).chain(digest.as_bytes()).copied();
+    header.iter_mut().zip(parts).for_each(|(byte, part)| *byte = part);
+    header
 }
 
-impl Read for At<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let count = self.file.read_at(buffer, self.offset)?;
-        self.offset += count as u64;
-        Ok(count)
-    }
-}
-
-/// The next record with its digest; `None` where there is no whole one.
-fn next_record(reader: &mut impl Read) -> io::Result<Option<(Digest, Vec<u8>)>> {
-    let whole = |read: io::Result<()>| match read {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
-        Err(error) => Err(error),
-    };
-    let (mut magic, mut len, mut digest) = ([0; MAGIC.len()], [0; 4], [0; Digest::LEN]);
-    for part in [&mut magic[..], &mut len, &mut digest] {
-        if !whole(reader.read_exact(part))? {
-            return Ok(None);
+/// The whole records in `bytes`: where the contents of each begin, and what they are. What is none is passed over.
+fn records(bytes: &[u8]) -> impl Iterator<Item = (usize, Digest, &[u8])> {
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        loop {
+            let rest = bytes.get(at..).filter(|rest| !rest.is_empty())?;
+            if let Some((digest, contents)) = first_record(rest) {
+                let begin = at + HEADER_BYTES;
+                at = begin + contents.len();
+                return Some((begin, digest, contents));
+            }
+            // Something is damaged, or was never finished. What comes after it may still be sound.
+            at += 1 + memchr::memmem::find(rest.get(1..)?, &MAGIC)?;
         }
-    }
-    let len = u32::from_le_bytes(len) as usize;
-    let Ok(digest) = Digest::try_from(&digest[..]) else { return Ok(None) };
-    if magic != MAGIC || len > SMALL_BYTES {
-        return Ok(None);
-    }
-    let mut contents = vec![0; len];
-    let sound = whole(reader.read_exact(&mut contents))? && Digest::of(&contents) == digest;
-    Ok(sound.then_some((digest, contents)))
+    })
+}
+
+/// The record that `bytes` begin with, if it is whole.
+fn first_record(bytes: &[u8]) -> Option<(Digest, &[u8])> {
+    let rest = bytes.strip_prefix(&MAGIC)?;
+    let (len, rest) = rest.split_first_chunk()?;
+    let (digest, rest) = rest.split_first_chunk::<{ Digest::LEN }>()?;
+    let len = usize::try_from(u32::from_le_bytes(*len)).ok().filter(|len| *len <= SMALL_BYTES)?;
+    let (digest, contents) = (Digest::from(*digest), rest.get(..len)?);
+    (Digest::of(contents) == digest).then_some((digest, contents))
 }
 
 #[cfg(test)]

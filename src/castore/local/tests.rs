@@ -175,8 +175,7 @@ fn directories_wait_for_the_blobs_before_them() {
         let root = Arc::new(Root::open(&path, lifetime).unwrap());
         let index = Arc::new(Index::open(Arc::clone(&root)).unwrap());
         let packs = Arc::new(Packs::open(Arc::clone(&root), Arc::clone(&index)).unwrap());
-        let directories =
-            Arc::new(directories::Directories::new(Arc::clone(&root), index, Arc::clone(&packs)));
+        let directories = Arc::new(directories::Directories::new(&root, &index, &packs));
         let blobs = Arc::new(blobs::Blobs::new(Arc::clone(&root), Arc::clone(&packs)));
         let store = Store { blobs, directories };
         let unsynced = || root.unsynced.count();

@@ -24,7 +24,7 @@ pub(super) struct Verified(Memo<Digest, Identity>);
 
 /// What changes when a file is replaced or written to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Identity {
+pub(super) struct Identity {
     device: u64,
     inode: u64,
     size: i64,
@@ -83,7 +83,7 @@ impl Root {
     }
 
     /// Removes a damaged blob, unless it was replaced meanwhile.
-    fn discard(&self, digest: &Digest, damaged: Identity) {
+    pub(super) fn discard(&self, digest: &Digest, damaged: Identity) {
         let place = place(digest);
         let now = fstatat(&self.blobs, place.as_str(), AtFlags::AT_SYMLINK_NOFOLLOW);
         if now.is_ok_and(|now| Identity::from(&now) == damaged)
@@ -95,7 +95,7 @@ impl Root {
 }
 
 /// The digest of what a file of about this size holds, to its end.
-fn hash(file: &File, size: i64) -> std::io::Result<Digest> {
+pub(super) fn hash(file: &File, size: i64) -> std::io::Result<Digest> {
     // One more byte, so that the end of a small file is found by the first read.
     let room = u64::try_from(size).unwrap_or(0).saturating_add(1).min(READ_BYTES);
     let mut buffer = vec![0; usize::try_from(room).unwrap_or(1)];
