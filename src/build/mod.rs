@@ -37,8 +37,8 @@ use cofferdam_sandbox::cgroup::{BuildCgroup, Cgroups};
 use cofferdam_sandbox::{ExitStatus, Identity, Landlock, Report, SpawnError, Spawner};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::castore::Store;
 use crate::castore::closure::Closure;
+use crate::castore::{self, Store};
 use crate::config::Settings;
 use crate::inputs::{Inputs, ShowError, Shown};
 use crate::isolation::{self, Strength};
@@ -199,11 +199,13 @@ impl Builder {
             let (means, request) = (Arc::clone(&self.0), Arc::clone(&request));
             move || {
                 let offer = means.offers(&request)?;
+                // First: what is found to be there is there until the build ends.
+                let lease = means.lease_inputs(&request);
                 means.has_inputs(&request)?;
-                Ok::<_, Fault>(offer)
+                Ok::<_, Fault>((offer, lease))
             }
         };
-        let offer = blocking(check).await??;
+        let (offer, inputs) = blocking(check).await??;
         let slot = self.0.slots.acquire().await?;
 
         let id = new_id().map_err(|error| WorkerError::new(WorkerPart::Program, error))?;
@@ -217,7 +219,7 @@ impl Builder {
             },
             ..self.0.strength.clone()
         };
-        let running = Arc::new(Running { lease, request, offer, id: id.clone() });
+        let running = Arc::new(Running { lease, request, offer, _inputs: inputs, id: id.clone() });
         tokio::spawn(running.run(tell_end, sender));
         Ok(Build { id, strength, events, end: Some(end) })
     }
@@ -286,6 +288,8 @@ struct Running {
     lease: Arc<Lease>,
     request: Arc<Request>,
     offer: Offer,
+    /// Keeps its inputs in the store.
+    _inputs: castore::Lease,
     /// Its name, also of its directories in the view and on disk.
     id: String,
 }

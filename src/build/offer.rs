@@ -8,6 +8,7 @@ use nix::sys::sysinfo::sysinfo;
 use super::Means;
 use super::error::{Fault, UnfitInputs, Unsupported, WorkerError, WorkerPart};
 use super::request::{Network, Request, SandboxPath, Shell};
+use crate::castore::{Lease, Node};
 use crate::config::NetworkPolicy;
 
 /// What this worker gives to a request.
@@ -45,6 +46,12 @@ impl Means {
             (Shell::Required, None) => Err(Unsupported::NoShell),
             _ => Ok(Offer { host_paths }),
         }
+    }
+
+    /// Keeps what is in the store of the inputs there.
+    pub(super) fn lease_inputs(&self, request: &Request) -> Lease {
+        let roots: Vec<Node> = request.inputs.values().cloned().collect();
+        self.store.directories.lease(&roots)
     }
 
     /// Checks that all inputs are in the store, and as large as stated. It blocks.

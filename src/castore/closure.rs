@@ -1,6 +1,7 @@
 //! Is everything there that a tree consists of, and is it as large as the tree says?
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::vec;
 
 use super::node::{Digest, Directory, Name, Node, printable};
@@ -24,10 +25,12 @@ const REMEMBERED_DIRECTORIES: usize = 128 * 1024;
 /// Finds what is wrong with trees, and remembers the directories with which nothing is: the inputs of one
 /// build are mostly those of the one before.
 ///
-/// It goes with one store, and with as long as nothing is removed from that.
+/// It goes with one store. Where that has removed something since, everything is looked at again.
 pub struct Closure {
     /// The sizes of complete directories.
     complete: Memo<Digest, u64>,
+    /// How many removals the store had then.
+    removals: AtomicU64,
 }
 
 /// Something that is not in the store as a tree needs it.
@@ -77,7 +80,7 @@ impl Default for Closure {
 impl Closure {
     /// One that has seen nothing yet.
     pub fn new() -> Self {
-        Self { complete: Memo::new(REMEMBERED_DIRECTORIES) }
+        Self { complete: Memo::new(REMEMBERED_DIRECTORIES), removals: AtomicU64::new(0) }
     }
 
     /// Gives back the memory of what was found complete.
@@ -98,6 +101,10 @@ impl Closure {
         store: &Store,
         roots: impl IntoIterator<Item = (String, &'n Node)>,
     ) -> Result<Vec<Finding>, StoreError> {
+        let removals = store.directories.removals();
+        if self.removals.swap(removals, Ordering::AcqRel) != removals {
+            self.complete.clear();
+        }
         let mut search = Search {
             store,
             remembered: &self.complete,

@@ -139,7 +139,7 @@ impl Sketch {
     }
 
     /// The contents of all files.
-    fn contents(&self) -> Vec<&[u8]> {
+    pub(super) fn contents(&self) -> Vec<&[u8]> {
         match self {
             Self::Directory(entries) => entries.values().flat_map(Self::contents).collect(),
             Self::File { contents, .. } => vec![contents],

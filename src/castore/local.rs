@@ -45,14 +45,19 @@ use nix::libc;
 
 use super::traits::{Store, StoreError};
 use crate::config::Lifetime;
+pub use index::Object;
+
 use index::Index;
+use keep::Keep;
 use packs::Packs;
 use unsynced::Unsynced;
 use verified::Verified;
 
 mod blobs;
 mod directories;
+pub mod gc;
 mod index;
+mod keep;
 mod packs;
 #[cfg(test)]
 mod tests;
@@ -96,6 +101,19 @@ impl LocalStore {
         Ok(Self { root, index, packs, store })
     }
 
+    /// The files of blobs that have one, and what else lies there.
+    fn blob_files(&self) -> Result<Vec<fs::DirEntry>, StoreError> {
+        let list = |dir: &Path| {
+            let entries = fs::read_dir(dir).and_then(Iterator::collect::<io::Result<Vec<_>>>);
+            entries.map_err(|error| failed("list", dir, error))
+        };
+        let mut files = Vec::new();
+        for parent in list(&self.root.path.join("blobs"))? {
+            files.extend(list(&parent.path())?);
+        }
+        Ok(files)
+    }
+
     /// The two services.
     pub fn store(&self) -> Store {
         self.store.clone()
@@ -116,6 +134,7 @@ struct Root {
     lifetime: Lifetime,
     unsynced: Unsynced,
     verified: Verified,
+    keep: Arc<Keep>,
     /// The lock goes with this description, when the last user of the store does.
     _lock: File,
 }
@@ -150,6 +169,7 @@ impl Root {
             lifetime,
             unsynced: Unsynced::new(lifetime),
             verified: Verified::new(),
+            keep: Arc::new(Keep::new()),
             _lock: lock,
         })
     }

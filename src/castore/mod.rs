@@ -17,4 +17,6 @@ pub mod tree;
 
 pub use local::LocalStore;
 pub use node::{Digest, Directory, Name, Node, NodeError, Target};
-pub use traits::{Blob, BlobService, BlobStat, BlobWriter, DirectoryService, Store, StoreError, Stored};
+pub use traits::{
+    Blob, BlobService, BlobStat, BlobWriter, DirectoryService, Lease, Store, StoreError, Stored,
+};

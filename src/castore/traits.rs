@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use super::node::{Digest, Directory, NodeError};
+use super::node::{Digest, Directory, Node, NodeError};
 
 /// Keeps blobs: byte strings of any length, named by their digest.
 pub trait BlobService: Send + Sync {
@@ -102,6 +102,36 @@ pub trait DirectoryService: Send + Sync {
 
     /// Gives back memory that only saves work. What is needed of it is read again.
     fn trim(&self) {}
+
+    /// Keeps the trees of `roots`, their blobs included, from being removed for as long as the value that this yields
+    /// lives, and counts them as used now. A store that removes nothing by itself has nothing to do.
+    fn lease(&self, roots: &[Node]) -> Lease {
+        let _ = roots;
+        Lease::default()
+    }
+
+    /// How many times this store has removed something by itself. Who remembers what is in it forgets that when this
+    /// changes.
+    fn removals(&self) -> u64 {
+        0
+    }
+}
+
+/// Keeps trees in a store until it is dropped.
+#[derive(Default)]
+pub struct Lease(Option<Box<dyn std::any::Any + Send + Sync>>);
+
+impl Lease {
+    /// One that ends when `guard` is dropped.
+    pub fn new(guard: impl Send + Sync + 'static) -> Self {
+        Self(Some(Box::new(guard)))
+    }
+}
+
+impl std::fmt::Debug for Lease {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Lease").field(&self.0.is_some()).finish()
+    }
 }
 
 /// A store: the two services that belong together.

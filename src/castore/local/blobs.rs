@@ -16,6 +16,7 @@ use crate::castore::file_blob::FileBlob;
 use crate::castore::memory::MemoryBlob;
 use crate::castore::node::Digest;
 use crate::castore::traits::{Blob, BlobService, BlobStat, BlobWriter, StoreError, Stored};
+use crate::castore::tree::ObjectKind;
 use crate::lock::lock;
 
 /// How many times a small blob is looked for that is just being moved from one pack to another.
@@ -212,6 +213,7 @@ impl BlobWriter for Writer {
         let digest = Digest::from(self.hasher.finalize());
         let size = self.hasher.count();
         // Another length under this name is what a crash of the machine may leave; then it is replaced.
+        self.root.keep.rescue(ObjectKind::Blob, &digest);
         let new = self.root.stored_size(&digest)? != Some(size);
         if new {
             file.keep(&digest)?;

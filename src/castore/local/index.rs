@@ -1,5 +1,6 @@
 //! The database of a store: directories, and where small blobs lie in their packs.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
@@ -8,6 +9,7 @@ use super::Root;
 use super::packs::{Batch, Place};
 use crate::castore::node::Digest;
 use crate::castore::traits::StoreError;
+use crate::castore::tree::ObjectKind;
 use crate::config::Lifetime;
 
 /// Canonical encodings by digest.
@@ -19,6 +21,15 @@ const SMALL: TableDefinition<&[u8; Digest::LEN], (u32, u64, u32)> = TableDefinit
 /// Up to where the records of each pack are in [`SMALL`], or were and have been removed from it.
 const PACKS: TableDefinition<u32, u64> = TableDefinition::new("packs");
 
+/// When roots were used last, in seconds since the epoch.
+const USED: TableDefinition<Key, u64> = TableDefinition::new("used");
+
+/// What is never removed, and since when, in seconds since the epoch.
+const PINS: TableDefinition<Key, u64> = TableDefinition::new("pins");
+
+/// `b'd'` or `b'b'`, for directory or blob, and the digest.
+type Key = (u8, &'static [u8; Digest::LEN]);
+
 /// How much of its file the database may keep in memory.
 const CACHE_BYTES: usize = 16 * 1024 * 1024;
 
@@ -26,6 +37,24 @@ const CACHE_BYTES: usize = 16 * 1024 * 1024;
 pub(super) struct Encoded {
     pub(super) digest: Digest,
     pub(super) bytes: Vec<u8>,
+}
+
+/// A blob or a directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Object {
+    /// Which of the two.
+    pub kind: ObjectKind,
+    /// Its digest.
+    pub digest: Digest,
+}
+
+impl Object {
+    fn key(&self) -> (u8, &[u8; Digest::LEN]) {
+        match self.kind {
+            ObjectKind::Directory => (b'd', self.digest.as_bytes()),
+            ObjectKind::Blob => (b'b', self.digest.as_bytes()),
+        }
+    }
 }
 
 pub(super) struct Index {
@@ -50,13 +79,15 @@ impl Index {
     fn make_tables(&self) -> Result<(), StoreError> {
         let reading = self.database.begin_read().map_err(|error| refused("read", error))?;
         // The one that is made last.
-        if reading.open_table(PACKS).is_ok() {
+        if reading.open_table(PINS).is_ok() {
             return Ok(());
         }
         self.write(|writing| {
             writing.open_table(DIRECTORIES).map_err(|error| refused("create a table in", error))?;
             writing.open_table(SMALL).map_err(|error| refused("create a table in", error))?;
             writing.open_table(PACKS).map_err(|error| refused("create a table in", error))?;
+            writing.open_table(USED).map_err(|error| refused("create a table in", error))?;
+            writing.open_table(PINS).map_err(|error| refused("create a table in", error))?;
             Ok(())
         })
     }
@@ -121,8 +152,13 @@ impl Index {
         Ok(found.map(|found| found.value()))
     }
 
-    /// Adds directories, and small blobs whose packs are on disk.
-    pub(super) fn add(&self, directories: &[&Encoded], blobs: &Batch) -> Result<(), StoreError> {
+    /// Adds directories, small blobs whose packs are on disk, and when roots were used.
+    pub(super) fn add(
+        &self,
+        directories: &[&Encoded],
+        blobs: &Batch,
+        used: &HashMap<Object, u64>,
+    ) -> Result<(), StoreError> {
         self.write(|writing| {
             let mut table = writing.open_table(DIRECTORIES).map_err(|error| refused("write to", error))?;
             for directory in directories {
@@ -140,6 +176,75 @@ impl Index {
             for (pack, end) in &blobs.ends {
                 table.insert(pack, end).map_err(|error| refused("write to", error))?;
             }
+            let mut table = writing.open_table(USED).map_err(|error| refused("write to", error))?;
+            for (object, time) in used {
+                table.insert(object.key(), time).map_err(|error| refused("write to", error))?;
+            }
+            Ok(())
+        })
+    }
+
+    /// When roots were used last.
+    pub(super) fn used(&self) -> Result<Vec<(Object, u64)>, StoreError> {
+        self.objects(USED)
+    }
+
+    /// What is never removed, and since when.
+    pub(super) fn pins(&self) -> Result<Vec<(Object, u64)>, StoreError> {
+        self.objects(PINS)
+    }
+
+    fn objects(&self, table: TableDefinition<Key, u64>) -> Result<Vec<(Object, u64)>, StoreError> {
+        let reading = self.database.begin_read().map_err(|error| refused("read", error))?;
+        let table = reading.open_table(table).map_err(|error| refused("read", error))?;
+        let mut objects = Vec::new();
+        for entry in table.iter().map_err(|error| refused("read", error))? {
+            let (key, time) = entry.map_err(|error| refused("read", error))?;
+            let (kind, digest) = key.value();
+            let kind = if kind == b'd' { ObjectKind::Directory } else { ObjectKind::Blob };
+            objects.push((Object { kind, digest: Digest::from(*digest) }, time.value()));
+        }
+        Ok(objects)
+    }
+
+    /// Pins something from `time` on, or pins it no longer; false where that was so before.
+    pub(super) fn pin(&self, object: Object, time: Option<u64>) -> Result<bool, StoreError> {
+        self.write(|writing| {
+            let mut table = writing.open_table(PINS).map_err(|error| refused("write to", error))?;
+            let found = table.get(object.key()).map_err(|error| refused("read", error))?;
+            let pinned = found.map(|found| found.value());
+            match time {
+                Some(time) if pinned.is_none() => {
+                    drop(table.insert(object.key(), time).map_err(|error| refused("write to", error))?);
+                }
+                None => drop(table.remove(object.key()).map_err(|error| refused("write to", error))?),
+                Some(_) => {}
+            }
+            Ok(pinned.is_some() != time.is_some())
+        })
+    }
+
+    /// Forgets when blobs were used.
+    pub(super) fn forget_used<'d>(
+        &self,
+        blobs: impl IntoIterator<Item = &'d Digest>,
+    ) -> Result<(), StoreError> {
+        self.write(|writing| {
+            let mut used = writing.open_table(USED).map_err(|error| refused("write to", error))?;
+            for digest in blobs {
+                used.remove((b'b', digest.as_bytes())).map_err(|error| refused("write to", error))?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Forgets packs that are gone.
+    pub(super) fn forget_packs(&self, packs: &[u32]) -> Result<(), StoreError> {
+        self.write(|writing| {
+            let mut table = writing.open_table(PACKS).map_err(|error| refused("write to", error))?;
+            for pack in packs {
+                table.remove(pack).map_err(|error| refused("write to", error))?;
+            }
             Ok(())
         })
     }
@@ -148,11 +253,13 @@ impl Index {
     pub(super) fn forget(&self, blobs: &[(Digest, Place)]) -> Result<(), StoreError> {
         self.write(|writing| {
             let mut table = writing.open_table(SMALL).map_err(|error| refused("write to", error))?;
+            let mut used = writing.open_table(USED).map_err(|error| refused("write to", error))?;
             for (digest, place) in blobs {
                 let found = table.get(digest.as_bytes()).map_err(|error| refused("read", error))?;
                 let found = found.map(|found| Place::from(found.value()));
                 if found == Some(*place) {
                     table.remove(digest.as_bytes()).map_err(|error| refused("write to", error))?;
+                    used.remove((b'b', digest.as_bytes())).map_err(|error| refused("write to", error))?;
                 }
             }
             Ok(())
@@ -166,8 +273,10 @@ impl Index {
     ) -> Result<(), StoreError> {
         self.write(|writing| {
             let mut table = writing.open_table(DIRECTORIES).map_err(|error| refused("write to", error))?;
+            let mut used = writing.open_table(USED).map_err(|error| refused("write to", error))?;
             for digest in digests {
                 table.remove(digest.as_bytes()).map_err(|error| refused("write to", error))?;
+                used.remove((b'd', digest.as_bytes())).map_err(|error| refused("write to", error))?;
             }
             Ok(())
         })

@@ -22,11 +22,13 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
+use nix::unistd::{UnlinkatFlags, unlinkat};
 
 use super::index::{Encoded, Index};
 use super::{Root, failed};
 use crate::castore::node::Digest;
 use crate::castore::traits::StoreError;
+use crate::castore::tree::ObjectKind;
 use crate::config::Lifetime;
 use crate::lock::lock;
 use crate::recent::Memo;
@@ -57,6 +59,13 @@ pub(super) struct Place {
     pub(super) offset: u64,
     /// How long they are.
     pub(super) len: u32,
+}
+
+impl Place {
+    /// What the blob takes in its pack.
+    pub(super) fn record_bytes(&self) -> u64 {
+        HEADER_BYTES as u64 + u64::from(self.len)
+    }
 }
 
 impl From<(u32, u64, u32)> for Place {
@@ -203,6 +212,7 @@ impl Packs {
 
     /// Where a blob lies, if it is in a pack.
     pub(super) fn find(&self, digest: &Digest) -> Result<Option<Place>, StoreError> {
+        self.root.keep.rescue(ObjectKind::Blob, digest);
         let pending = self.state().pending.get(digest).copied();
         match pending {
             Some(place) => Ok(Some(place)),
@@ -264,11 +274,10 @@ impl Packs {
 
     /// Adds a blob; false where it is there already.
     pub(super) fn add(&self, digest: &Digest, contents: &[u8]) -> Result<bool, StoreError> {
-        if self.index.place(digest)?.is_some() {
-            return Ok(false);
-        }
+        self.root.keep.rescue(ObjectKind::Blob, digest);
         let mut state = self.state();
-        if state.pending.contains_key(digest) {
+        // Under the lock, where nothing is removed.
+        if state.pending.contains_key(digest) || self.index.place(digest)?.is_some() {
             return Ok(false);
         }
         self.append(&mut state, digest, contents)
@@ -315,6 +324,49 @@ impl Packs {
         Ok(Last { number, file: Arc::new(file), end: 0 })
     }
 
+    /// Forgets where blobs lie, but for those that are `asked` for; says how many it has forgotten.
+    ///
+    /// Who looks for one comes before this, and is asked about, or after, and does not find it.
+    pub(super) fn remove_unless(
+        &self,
+        blobs: &[(Digest, Place)],
+        asked: impl Fn(&Digest) -> bool,
+    ) -> Result<u64, StoreError> {
+        // Nothing is added meanwhile: that a blob is there is a reason not to.
+        let state = self.state();
+        let gone: Vec<_> = blobs.iter().filter(|(digest, _)| !asked(digest)).copied().collect();
+        self.index.forget(&gone)?;
+        drop(state);
+        Ok(gone.len() as u64)
+    }
+
+    /// Adds a blob again that lies at `from`, which is to go.
+    pub(super) fn relocate(&self, digest: &Digest, from: Place, contents: &[u8]) -> Result<(), StoreError> {
+        let mut state = self.state();
+        // Forgotten meanwhile, or in another place.
+        if state.pending.contains_key(digest) || self.index.place(digest)? != Some(from) {
+            return Ok(());
+        }
+        let appended = self.append(&mut state, digest, contents);
+        appended.map_err(|error| StoreError::io("move", format!("blob {digest}"), error))
+    }
+
+    /// Adds nothing more to a pack.
+    pub(super) fn close(&self, number: u32) {
+        let mut state = self.state();
+        if state.last.as_ref().is_some_and(|last| last.number == number) {
+            state.last = None;
+        }
+    }
+
+    /// Removes a pack in which nothing lies any more.
+    pub(super) fn delete(&self, number: u32) -> Result<(), StoreError> {
+        let unlinked = unlinkat(&self.root.packs, name(number).as_str(), UnlinkatFlags::NoRemoveDir);
+        unlinked.map_err(|errno| pack_error("remove", number, errno.into()))?;
+        self.open.remove(&number);
+        self.index.forget_packs(&[number])
+    }
+
     /// What is to go into the index; [`Packs::sync`] must come between this and that.
     pub(super) fn batch(&self) -> Batch {
         let state = self.state();
@@ -358,10 +410,14 @@ impl Packs {
     pub(super) fn add_with(&self, directories: &[&Encoded]) -> Result<(), StoreError> {
         let batch = self.batch();
         self.sync()?;
-        if directories.is_empty() && batch.ends.is_empty() {
+        let used = self.root.keep.take_used();
+        if directories.is_empty() && batch.ends.is_empty() && used.is_empty() {
             return Ok(());
         }
-        self.index.add(directories, &batch)?;
+        if let Err(error) = self.index.add(directories, &batch, &used) {
+            self.root.keep.give_back(used);
+            return Err(error);
+        }
         self.indexed(&batch);
         Ok(())
     }
@@ -379,7 +435,6 @@ impl Drop for Packs {
     /// So that the next start has nothing to find.
     fn drop(&mut self) {
         if self.root.lifetime == Lifetime::Lasting
-            && !self.state().pending.is_empty()
             && let Err(error) = self.flush()
         {
             tracing::warn!("the index is not up to date, the next start mends that: {error}");
@@ -390,7 +445,7 @@ impl Drop for Packs {
 const NAME_DIGITS: usize = 8;
 
 /// What a pack is called.
-fn name(number: u32) -> String {
+pub(super) fn name(number: u32) -> String {
     format!("{number:08x}")
 }
 

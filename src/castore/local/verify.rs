@@ -2,9 +2,8 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
-use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
@@ -159,21 +158,17 @@ impl LocalStore {
     fn large_blobs(&self, report: &mut Report) -> Result<Vec<(Digest, u64)>, StoreError> {
         let mut blobs = Vec::new();
         let dir = self.root.path.join("blobs");
-        for parent in list(&dir)? {
-            for file in list(&parent.path())? {
-                let path = file.path();
-                let digest = file.file_name().to_str().and_then(|name| name.parse::<Digest>().ok());
-                let digest = digest
-                    .filter(|digest| self.root.path.join("blobs").join(super::blobs::place(digest)) == path);
-                match digest {
-                    Some(digest) => {
-                        let len = file.metadata().map_err(|error| failed("look at", &path, error))?.len();
-                        blobs.push((digest, len));
-                    }
-                    None => {
-                        let path = path.strip_prefix(&self.root.path).unwrap_or(&path);
-                        report.problems.push(Problem::Stray { path: path.display().to_string() });
-                    }
+        for file in self.blob_files()? {
+            let path = file.path();
+            let digest = file.file_name().to_str().and_then(|name| name.parse::<Digest>().ok());
+            match digest.filter(|digest| dir.join(super::blobs::place(digest)) == path) {
+                Some(digest) => {
+                    let len = file.metadata().map_err(|error| failed("look at", &path, error))?.len();
+                    blobs.push((digest, len));
+                }
+                None => {
+                    let path = path.strip_prefix(&self.root.path).unwrap_or(&path);
+                    report.problems.push(Problem::Stray { path: path.display().to_string() });
                 }
             }
         }
@@ -364,9 +359,4 @@ impl Work<'_> {
         }
         Ok(size)
     }
-}
-
-fn list(dir: &Path) -> Result<Vec<fs::DirEntry>, StoreError> {
-    let entries = fs::read_dir(dir).and_then(Iterator::collect::<io::Result<Vec<_>>>);
-    entries.map_err(|error| failed("list", dir, error))
 }

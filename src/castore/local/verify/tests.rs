@@ -1,5 +1,6 @@
 use std::fs::OpenOptions;
 use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::Path;
 
 use tempfile::TempDir;
 
