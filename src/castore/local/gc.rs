@@ -403,18 +403,18 @@ impl LocalStore {
 
     /// Empties the packs of which more than half is taken by blobs that were removed.
     fn repack(&self, progress: &mut dyn FnMut(Step)) -> Result<(), StoreError> {
-        let mut live: BTreeMap<u32, Vec<(Digest, Place)>> = BTreeMap::new();
-        for (digest, place) in self.index.places()? {
-            live.entry(place.pack).or_default().push((digest, place));
-        }
         let sizes = self.pack_sizes()?;
-        let bytes =
-            |blobs: &[(Digest, Place)]| blobs.iter().map(|(_, place)| place.record_bytes()).sum::<u64>();
+        let mut live = self.live()?;
         let sparse: Vec<u32> = sizes
             .iter()
             .filter(|(pack, (len, _))| bytes(live.get(pack).map_or(&[], Vec::as_slice)) * 2 < *len)
             .map(|(pack, _)| *pack)
             .collect();
+        // What was added to the last one since is live, too.
+        if sparse.iter().fold(false, |closed, pack| self.packs.close(*pack) || closed) {
+            self.packs.flush()?;
+            live = self.live()?;
+        }
         for (done, pack) in sparse.iter().enumerate() {
             progress(Step::Pack(done as u64, sparse.len() as u64));
             let mut blobs = live.remove(pack).unwrap_or_default();
@@ -424,8 +424,17 @@ impl LocalStore {
         Ok(())
     }
 
+    /// The blobs in each pack.
+    fn live(&self) -> Result<BTreeMap<u32, Vec<(Digest, Place)>>, StoreError> {
+        let mut live: BTreeMap<u32, Vec<(Digest, Place)>> = BTreeMap::new();
+        for (digest, place) in self.index.places()? {
+            live.entry(place.pack).or_default().push((digest, place));
+        }
+        Ok(live)
+    }
+
+    /// Moves `blobs`, which are all that a pack holds, to the last pack, and removes it.
     fn empty_pack(&self, pack: u32, blobs: &[(Digest, Place)]) -> Result<(), StoreError> {
-        self.packs.close(pack);
         for (digest, place) in blobs {
             match self.packs.contents(digest, *place)? {
                 Contents::Sound(contents) => self.packs.relocate(digest, *place, &contents)?,
@@ -439,6 +448,11 @@ impl LocalStore {
         self.packs.flush()?;
         self.packs.delete(pack)
     }
+}
+
+/// What blobs take in their packs.
+fn bytes(blobs: &[(Digest, Place)]) -> u64 {
+    blobs.iter().map(|(_, place)| place.record_bytes()).sum()
 }
 
 /// The age from which on objects stay.

@@ -351,12 +351,9 @@ impl Packs {
         appended.map_err(|error| StoreError::io("move", format!("blob {digest}"), error))
     }
 
-    /// Adds nothing more to a pack.
-    pub(super) fn close(&self, number: u32) {
-        let mut state = self.state();
-        if state.last.as_ref().is_some_and(|last| last.number == number) {
-            state.last = None;
-        }
+    /// Adds nothing more to a pack; whether otherwise something would have been.
+    pub(super) fn close(&self, number: u32) -> bool {
+        self.state().last.take_if(|last| last.number == number).is_some()
     }
 
     /// Removes a pack in which nothing lies any more.
