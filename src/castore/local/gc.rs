@@ -411,7 +411,7 @@ impl LocalStore {
             .map(|(pack, _)| *pack)
             .collect();
         // What was added to the last one since is live, too.
-        if sparse.iter().fold(false, |closed, pack| self.packs.close(*pack) || closed) {
+        if sparse.iter().any(|pack| self.packs.close(*pack)) {
             self.packs.flush()?;
             live = self.live()?;
         }
