@@ -137,7 +137,8 @@ pub(super) fn add(store: &Store, path: &Path, skip: &[&[u8]]) -> Result<Node, Fa
     let found = path.canonicalize().map_err(|error| cannot("add", path, error))?;
     let cancel = AtomicBool::new(false);
     let label = printable(path.as_os_str().as_bytes());
-    let ingest = Ingest { store, scanner: None, skip, label: &label, allowance: None, cancel: &cancel };
+    let ingest =
+        Ingest { store, scanner: None, skip, label: &label, allowance: None, tally: None, cancel: &cancel };
     Ok(ingest.path(&found)?)
 }
 
