@@ -111,6 +111,19 @@ pub struct Totals {
     pub new_bytes: u64,
 }
 
+impl Totals {
+    /// Both together.
+    pub fn and(self, other: Self) -> Self {
+        let Self { files, bytes, new_files, new_bytes } = self;
+        Self {
+            files: files.saturating_add(other.files),
+            bytes: bytes.saturating_add(other.bytes),
+            new_files: new_files.saturating_add(other.new_files),
+            new_bytes: new_bytes.saturating_add(other.new_bytes),
+        }
+    }
+}
+
 impl Tally {
     /// Notes bytes that have been read.
     pub fn read(&self, bytes: u64) {
