@@ -13,7 +13,7 @@ use super::*;
 use crate::castore::fixtures::{HELLO, Sketch, digest, ingest, name, put_blob, sketch, store};
 use crate::castore::ingest::{FileKind, MAX_DEPTH, Tally, Totals};
 use crate::castore::tree::{ExportError, ObjectKind};
-use crate::castore::{Digest, Directory, Node, NodeError, Store};
+use crate::castore::{Digest, Directory, Node, NodeError, Store, memory};
 
 fn packed(store: &Store, node: &Node) -> Result<Vec<u8>, ExportError> {
     let mut archive = Vec::new();
@@ -30,8 +30,7 @@ proptest! {
 
     #[test]
     fn there_and_back(sketch in sketch()) {
-        let (_one, from) = store();
-        let (_other, to) = store();
+        let (from, to) = (memory::store(), memory::store());
         let node = sketch.put(&from);
         let archive = packed(&from, &node).unwrap();
         prop_assert_eq!(archive.len() % 512, 0);
@@ -57,7 +56,7 @@ proptest! {
         changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6),
         len in any::<prop::sample::Index>(),
     ) {
-        let (_dir, store) = store();
+        let store = memory::store();
         let mut archive = packed(&store, &sketch.put(&store)).unwrap();
         for (at, byte) in changes {
             let at = at.index(archive.len());

@@ -291,7 +291,7 @@ proptest! {
         let patterns = Patterns::new(&[needle]).unwrap();
         let mut seen = Vec::new();
         for (_, crew) in crews() {
-            let (_place, store) = store();
+            let store = crate::castore::memory::store();
             let (cancel, tally, scanner) = (AtomicBool::new(false), Tally::default(), Scanner::new(&patterns));
             let ingest = Ingest {
                 store: &store,
@@ -362,7 +362,8 @@ fn the_first_fault_in_the_order_of_names_is_told_whoever_meets_it() {
     }
     let cancel = AtomicBool::new(false);
     // Each lies before those made so far; some are met by the walk, some by a reader.
-    let faults: [(&str, &dyn Fn(&Path)); 4] = [
+    type Make<'a> = &'a dyn Fn(&Path);
+    let faults: [(&str, Make); 4] = [
         ("19/19-pipe", &|path| mkfifo(path, Mode::S_IRWXU).unwrap()),
         ("12/05-deep", &|path| nest(path, MAX_DEPTH)),
         ("07/10-socket", &|path| drop(UnixListener::bind(path).unwrap())),
