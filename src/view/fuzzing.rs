@@ -1,5 +1,5 @@
 //! What the fuzz target of the view drives: the table of numbers and the listings, as the kernel would, against a
-//! plain model of them.
+//! plain model of them. Tests do the same with a few thousand random inputs.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -239,4 +239,18 @@ fn check_listing(tree: &BTreeMap<Name, Node>, listing: &Listing, choices: &mut C
         listed.extend(page.into_iter().map(|(_, name)| name));
     }
     assert!(listed.into_iter().eq(tree.keys()));
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        #[test]
+        fn any_lookups(bytes in prop::collection::vec(any::<u8>(), 0..3000)) {
+            super::lookups(&bytes);
+        }
+    }
 }

@@ -12,7 +12,7 @@
 //! One build's broken input is thus no other's fault.
 
 mod fs;
-#[cfg(fuzzing)]
+#[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod inodes;
 mod mount;
