@@ -53,6 +53,21 @@ impl fmt::Display for Size {
     }
 }
 
+/// A number of bytes as a reader wants it at a glance: to a tenth of the largest unit that it has one of.
+#[derive(Clone, Copy, Debug)]
+pub struct Rough(pub u64);
+
+impl fmt::Display for Rough {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some((unit, power)) = UNITS.iter().rev().find(|(_, power)| self.0 >= 1024_u64.pow(*power)) else {
+            return write!(f, "{} bytes", self.0);
+        };
+        // Rounded down: a file of this size is never said to be larger than it is.
+        let tenths = u128::from(self.0) * 10 / u128::from(1024_u64.pow(*power));
+        write!(f, "{}.{} {unit}iB", tenths / 10, tenths % 10)
+    }
+}
+
 /// A size, or a share of something that has one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Share {

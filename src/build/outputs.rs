@@ -114,6 +114,7 @@ impl Intake<'_> {
             skip: &[],
             label: &label,
             allowance,
+            tally: None,
             cancel: self.cancel,
         };
         match ingest.at(std::os::fd::AsFd::as_fd(&parent), name) {

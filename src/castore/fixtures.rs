@@ -60,7 +60,8 @@ pub(super) fn ingest_with(
     scanner: Option<&Scanner>,
     skip: &[&[u8]],
 ) -> Result<Node, IngestError> {
-    Ingest { store, scanner, skip, label: ".", allowance: None, cancel: &AtomicBool::new(false) }.path(path)
+    Ingest { store, scanner, skip, label: ".", allowance: None, tally: None, cancel: &AtomicBool::new(false) }
+        .path(path)
 }
 
 /// A tree, in memory.

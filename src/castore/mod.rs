@@ -1,5 +1,6 @@
 //! The castore: blobs and directories named by what they hold.
 
+pub mod archive;
 mod children;
 pub mod closure;
 mod cursor;

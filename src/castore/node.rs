@@ -9,6 +9,9 @@ use std::fmt;
 use cofferdam_proto::castore as wire;
 use prost::Message;
 
+#[cfg(test)]
+mod tests;
+
 /// The BLAKE3 digest of a blob's bytes or of a directory's canonical encoding.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Digest([u8; Digest::LEN]);

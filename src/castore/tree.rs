@@ -18,10 +18,10 @@ use nix::sys::stat::{Mode, mkdirat};
 use nix::unistd::symlinkat;
 
 use super::cursor::Cursor;
-use super::ingest::MAX_DEPTH;
+use super::ingest::{MAX_DEPTH, Tally};
 use super::look::{self, Look};
 use super::node::{Digest, Directory, Name, Node, NodeError};
-use super::traits::{Blob, Store, StoreError};
+use super::traits::{Blob, Store, StoreError, Stored};
 
 #[cfg(test)]
 mod tests;
@@ -56,22 +56,47 @@ pub fn export_unless(
     look: Look,
     cancel: &AtomicBool,
 ) -> Result<(), ExportError> {
-    let name = Name::new(name.as_bytes()).map_err(|source| ExportError::Name { source })?;
-    let mut export =
-        Export { store, look, cancel, buffer: vec![0; BUFFER_BYTES], path: Cursor::new(), made: false };
-    let done = export.tree(node, dir, &name);
-    if done.is_err() && export.made {
-        // The first failure is the one to tell of.
-        let _ = CString::new(name.as_bytes()).map(|name| remove_tree(dir, &name));
+    Export { look, ..Export::plain(store, cancel) }.to(node, dir, name)
+}
+
+/// How trees are laid out.
+pub struct Export<'a> {
+    /// Where they come from.
+    pub store: &'a Store,
+    /// What they look like.
+    pub look: Look,
+    /// Counts what is written, for whoever wants to know. Nothing of it is new.
+    pub tally: Option<&'a Tally>,
+    /// Once this is true the work ends with [`ExportError::Cancelled`].
+    pub cancel: &'a AtomicBool,
+}
+
+impl<'a> Export<'a> {
+    /// As [`Look::Plain`], not counted.
+    pub fn plain(store: &'a Store, cancel: &'a AtomicBool) -> Self {
+        Self { store, look: Look::Plain, tally: None, cancel }
     }
-    done
+
+    /// Lays `node` out as the new entry `name` of `dir`, as [`export`] does.
+    ///
+    /// # Errors
+    /// Those of [`export`], and [`ExportError::Cancelled`].
+    pub fn to(&self, node: &Node, dir: BorrowedFd<'_>, name: &OsStr) -> Result<(), ExportError> {
+        let name = Name::new(name.as_bytes()).map_err(|source| ExportError::Name { source })?;
+        let mut layout =
+            Layout { export: self, buffer: vec![0; BUFFER_BYTES], path: Cursor::new(), made: false };
+        let done = layout.tree(node, dir, &name);
+        if done.is_err() && layout.made {
+            // The first failure is the one to tell of.
+            let _ = CString::new(name.as_bytes()).map(|name| remove_tree(dir, &name));
+        }
+        done
+    }
 }
 
 /// A tree on its way to the disk.
-struct Export<'a> {
-    store: &'a Store,
-    look: Look,
-    cancel: &'a AtomicBool,
+struct Layout<'a> {
+    export: &'a Export<'a>,
     buffer: Vec<u8>,
     path: Cursor,
     /// Whether anything was made, so the root at least.
@@ -85,7 +110,7 @@ struct Made {
     left: Vec<(Name, Digest)>,
 }
 
-impl Export<'_> {
+impl Layout<'_> {
     fn tree(&mut self, node: &Node, dir: BorrowedFd<'_>, name: &Name) -> Result<(), ExportError> {
         let Node::Directory { digest, .. } = node else {
             return self.leaf(node, dir, name);
@@ -94,7 +119,7 @@ impl Export<'_> {
         while let Some(parent) = above.last() {
             let Some((name, digest)) = parent.left.last() else {
                 // Only now: what is made in a directory changes its time.
-                let sealed = look::seal_directory(parent.fd.as_fd(), self.look);
+                let sealed = look::seal_directory(parent.fd.as_fd(), self.export.look);
                 sealed.map_err(|errno| self.failed("finish", errno))?;
                 above.pop();
                 if let Some(parent) = above.last_mut() {
@@ -116,7 +141,7 @@ impl Export<'_> {
     /// Makes a directory with all of its entries that are not directories.
     fn directory(&mut self, digest: &Digest, dir: BorrowedFd<'_>, name: &Name) -> Result<Made, ExportError> {
         self.check_cancelled()?;
-        let directory = load(self.store, digest, &self.path)?;
+        let directory = load(self.export.store, digest, &self.path)?;
         mkdirat(dir, name.as_os_str(), Mode::from_bits_truncate(0o755))
             .map_err(|errno| self.failed("create", errno))?;
         self.made = true;
@@ -144,7 +169,7 @@ impl Export<'_> {
                 symlinkat(OsStr::from_bytes(target.as_bytes()), dir, name.as_os_str())
                     .map_err(|errno| self.failed("create", errno))?;
                 self.made = true;
-                look::seal_symlink(dir, name, self.look).map_err(|errno| self.failed("finish", errno))
+                look::seal_symlink(dir, name, self.export.look).map_err(|errno| self.failed("finish", errno))
             }
             Node::File { digest, size, executable } => {
                 let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
@@ -154,7 +179,7 @@ impl Export<'_> {
                 self.made = true;
                 let file = File::from(file);
                 self.contents(&file, digest, *size)?;
-                look::seal_file(file.as_fd(), *executable, self.look)
+                look::seal_file(file.as_fd(), *executable, self.export.look)
                     .map_err(|errno| self.failed("finish", errno))
             }
         }
@@ -163,7 +188,7 @@ impl Export<'_> {
     /// Fills a new file with a blob. What it then holds is checked, not what the store was seen to hold.
     fn contents(&mut self, mut file: &File, digest: &Digest, stated: u64) -> Result<(), ExportError> {
         let io = |act, path: &Cursor, source| ExportError::Io { act, path: path.to_string(), source };
-        let blob = self.store.blobs.open(digest)?;
+        let blob = self.export.store.blobs.open(digest)?;
         let blob = blob.ok_or_else(|| missing(ObjectKind::Blob, digest, &self.path))?;
         let shared = shares_blocks(file, &*blob);
         let mut hasher = blake3::Hasher::new();
@@ -176,6 +201,9 @@ impl Export<'_> {
             let count = count.map_err(|error| io("read the contents of", &self.path, error))?;
             let Some(chunk) = self.buffer.get(..count).filter(|chunk| !chunk.is_empty()) else { break };
             hasher.update(chunk);
+            if let Some(tally) = self.export.tally {
+                tally.read(chunk.len() as u64);
+            }
             if !shared {
                 file.write_all(chunk).map_err(|error| io("write", &self.path, error))?;
             }
@@ -187,11 +215,14 @@ impl Export<'_> {
         if actual != stated {
             return Err(ExportError::Size { path: self.path.to_string(), digest: *digest, stated, actual });
         }
+        if let Some(tally) = self.export.tally {
+            tally.stored(&Stored { digest: *digest, size: actual, new: false });
+        }
         Ok(())
     }
 
     fn check_cancelled(&self) -> Result<(), ExportError> {
-        if self.cancel.load(Ordering::Relaxed) { Err(ExportError::Cancelled) } else { Ok(()) }
+        if self.export.cancel.load(Ordering::Relaxed) { Err(ExportError::Cancelled) } else { Ok(()) }
     }
 
     fn failed(&self, act: &'static str, errno: Errno) -> ExportError {

@@ -234,8 +234,16 @@ impl Stage<'_> {
 /// Takes a file or a tree of the host into the store.
 pub(super) fn ingest(worker: &Worker, path: &Path) -> Result<Node, IngestError> {
     let (cancel, label) = (std::sync::atomic::AtomicBool::new(false), path.display().to_string());
-    Ingest { store: &worker.store, scanner: None, skip: &[], label: &label, allowance: None, cancel: &cancel }
-        .path(path)
+    Ingest {
+        store: &worker.store,
+        scanner: None,
+        skip: &[],
+        label: &label,
+        allowance: None,
+        tally: None,
+        cancel: &cancel,
+    }
+    .path(path)
 }
 
 /// A name that is known to be one.

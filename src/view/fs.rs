@@ -37,7 +37,7 @@ const MAX_REQUEST: u32 = 1 << 20;
 const UNKNOWN: u64 = u32::MAX as u64;
 
 /// Offset that follows `..`; entries come after it.
-const AFTER_DOTS: u64 = 2;
+pub(super) const AFTER_DOTS: u64 = 2;
 
 /// The file system.
 pub struct Castore {
@@ -279,7 +279,10 @@ impl Castore {
 }
 
 /// The entries of `listing` from `offset` on, each with its position and the offset that follows it.
-fn from_offset(listing: &Listing, offset: u64) -> impl Iterator<Item = (usize, u64, &Name, &Node)> {
+pub(super) fn from_offset(
+    listing: &Listing,
+    offset: u64,
+) -> impl Iterator<Item = (usize, u64, &Name, &Node)> {
     let first = usize::try_from(offset.saturating_sub(AFTER_DOTS)).unwrap_or(usize::MAX);
     (first..listing.len()).filter_map(move |position| {
         let (name, node) = listing.get(position)?;

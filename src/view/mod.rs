@@ -12,6 +12,8 @@
 //! One build's broken input is thus no other's fault.
 
 mod fs;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod inodes;
 mod mount;
 mod usher;
