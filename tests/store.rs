@@ -29,6 +29,9 @@ fn main() -> ExitCode {
         hostile_archives,
         many_files,
         mount_refusals,
+        damage_is_found_and_removed,
+        kept_to_a_size,
+        what_a_daemon_has_is_its_own,
     ]);
     trials.extend(support::in_every_mode(named![
         there_and_back,
@@ -61,6 +64,70 @@ fn tree(case: &Case, name: &str) {
     case.write(&format!("{name}/bin/.keep"), "");
     case::set_mode(&case.write(&format!("{name}/hello"), "hello world\n"), 0o755);
     case.link(&format!("{name}/link"), "bin/.keep");
+}
+
+/// Where nothing is wrong, what is flipped is found, and what is removed can be stored again.
+fn damage_is_found_and_removed(case: &Case) {
+    let place = ["--state-dir", "state"];
+    tree(case, "tree");
+    store(case, &["add", "tree"], &place).code(0);
+    store(case, &["verify"], &place).code(0).says("").complains("2 blobs").complains("2 directories");
+    let pack = case.path("state/store/packs/00000000");
+    let mut bytes = std::fs::read(&pack).unwrap();
+    let at = bytes.windows(5).position(|window| window == b"world").unwrap();
+    bytes[at] ^= 1;
+    std::fs::write(&pack, &bytes).unwrap();
+    let hello = blake3::hash(b"hello world\n").to_hex();
+    let damaged = format!("the blob {hello} is damaged\n");
+    let missing = format!("the blob {hello} is missing; the directory {TREE} names it\n");
+    store(case, &["verify"], &place).code(1).says(&format!("{damaged}{missing}"));
+    store(case, &["cat", &format!("{TREE}/hello")], &place).code(125).says("").complains(&hello);
+    std::fs::write(&pack, &bytes).unwrap();
+    store(case, &["verify", "--repair"], &place).code(1);
+    store(case, &["verify"], &place).code(1).says(&missing);
+    store(case, &["add", "tree"], &place).code(0);
+    store(case, &["verify"], &place).code(0).says("");
+}
+
+/// What is removed is gone, what is pinned stays, and what is young stays whatever the size.
+fn kept_to_a_size(case: &Case) {
+    let place = ["--state-dir", "state"];
+    tree(case, "tree");
+    store(case, &["add", "tree"], &place).code(0);
+    case.write("other", &"x".repeat(200_000));
+    let other = store(case, &["add", "other"], &place).code(0).out();
+    store(case, &["gc"], &place).code(125);
+    store(case, &["gc", "--size", "0"], &place).code(0).complains("younger than ten minutes");
+    store(case, &["get", TREE, "young"], &place).code(0);
+
+    store(case, &["pin", TREE], &place).code(0);
+    store(case, &["pin", TREE], &place).code(0).complains("pinned already");
+    store(case, &["pin", &"0".repeat(64)], &place).code(125).complains("neither");
+    let stat = store(case, &["stat", "--json"], &place).code(0).out();
+    let stat: serde_json::Value = serde_json::from_str(&stat).unwrap();
+    assert_eq!((&stat["pins"][0]["digest"], &stat["large_blobs"]), (&TREE.into(), &1.into()), "{stat}");
+    assert!(store(case, &["stat"], &place).code(0).out().contains(&format!("pinned: directory {TREE}")));
+
+    // As if it had been there for long.
+    let long_ago = std::time::SystemTime::now() - std::time::Duration::from_secs(100_000);
+    for file in [
+        "state/store/packs/00000000".to_owned(),
+        format!("state/store/blobs/{}/{}", &other[..2], other.trim()),
+    ] {
+        std::fs::File::open(case.path(&file)).unwrap().set_modified(long_ago).unwrap();
+    }
+    store(case, &["gc", "--size", "0"], &place).code(0).complains("removed 1 blobs");
+    store(case, &["get", other.trim(), "gone"], &place).code(125).complains("neither");
+    store(case, &["get", TREE, "pinned"], &place).code(0);
+    store(case, &["unpin", TREE], &place).code(0);
+    store(case, &["unpin", TREE], &place).code(125).complains("is not pinned");
+    store(case, &["verify"], &place).code(0);
+}
+
+fn what_a_daemon_has_is_its_own(case: &Case) {
+    for command in [&["verify"][..], &["gc", "--size", "1G"], &["stat"], &["pin", TREE], &["unpin", TREE]] {
+        store(case, command, &["--to", "unix:none"]).code(125).complains("where the store lies");
+    }
 }
 
 fn comes_back(case: &Case, place: &[&str]) {

@@ -7,7 +7,7 @@ use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinitio
 
 use super::Root;
 use super::packs::{Batch, Place};
-use crate::castore::node::Digest;
+use crate::castore::node::{Digest, Node};
 use crate::castore::traits::StoreError;
 use crate::castore::tree::ObjectKind;
 use crate::config::Lifetime;
@@ -49,6 +49,15 @@ pub struct Object {
 }
 
 impl Object {
+    /// What a node stands for in a store: nothing, for a symbolic link.
+    pub fn of(node: &Node) -> Option<Self> {
+        match node {
+            Node::Directory { digest, .. } => Some(Self { kind: ObjectKind::Directory, digest: *digest }),
+            Node::File { digest, .. } => Some(Self { kind: ObjectKind::Blob, digest: *digest }),
+            Node::Symlink { .. } => None,
+        }
+    }
+
     fn key(&self) -> (u8, &[u8; Digest::LEN]) {
         match self.kind {
             ObjectKind::Directory => (b'd', self.digest.as_bytes()),

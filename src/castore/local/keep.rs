@@ -91,7 +91,7 @@ impl Keep {
 
     /// Keeps the trees of `roots` until what this yields is dropped.
     pub(super) fn lease(self: &Arc<Self>, roots: &[Node]) -> Held {
-        let objects: Vec<Object> = roots.iter().filter_map(object).collect();
+        let objects: Vec<Object> = roots.iter().filter_map(Object::of).collect();
         self.touch(objects.iter().copied());
         let mut state = self.state();
         let number = state.next;
@@ -152,15 +152,6 @@ impl Drop for Held {
         // Used to the end.
         let now = seconds(SystemTime::now());
         state.used.extend(objects.into_iter().map(|object| (object, now)));
-    }
-}
-
-/// What stands in a store for a node.
-pub(super) fn object(node: &Node) -> Option<Object> {
-    match node {
-        Node::Directory { digest, .. } => Some(Object { kind: ObjectKind::Directory, digest: *digest }),
-        Node::File { digest, .. } => Some(Object { kind: ObjectKind::Blob, digest: *digest }),
-        Node::Symlink { .. } => None,
     }
 }
 

@@ -2,13 +2,17 @@
 
 mod add;
 mod cat;
+mod gc;
 mod get;
 mod ls;
 mod mount;
+mod pin;
 mod place;
 mod progress;
+mod stat;
 mod tar;
 mod untar;
+mod verify;
 
 use clap::{Args, Subcommand};
 use tokio::runtime::Runtime;
@@ -65,6 +69,22 @@ enum StoreCommand {
     /// others than root, COMMAND runs in a user namespace, in which they are root without being so outside. Without COMMAND
     /// all of the host sees it, which takes root.
     Mount(mount::MountArgs),
+    /// Read everything in the store, compare it with its digest, and look for all that directories name.
+    ///
+    /// Each thing that is wrong is a line on standard output. Exit code: 0 where nothing is wrong, or all that was is
+    /// removed; 1 otherwise.
+    Verify(verify::VerifyArgs),
+    /// Remove from the store what was used longest ago, or not for long.
+    ///
+    /// What is pinned stays, and so does what is younger than ten minutes: it may be part of something on its way there.
+    #[command(group = clap::ArgGroup::new("goal").required(true).multiple(true).args(["size", "unused_for"]))]
+    Gc(gc::GcArgs),
+    /// Keep a directory, with all beneath it, or a file in the store, whatever is removed from it.
+    Pin(pin::PinArgs),
+    /// Keep it no longer.
+    Unpin(pin::PinArgs),
+    /// Show how much the store holds, and what is pinned.
+    Stat(stat::StatArgs),
 }
 
 /// Does what the arguments say. Yields the exit code.
@@ -85,6 +105,11 @@ pub fn run(args: StoreArgs) -> Result<u8, Failed> {
         StoreCommand::Tar(args) => tar::run(&args, source),
         StoreCommand::Untar(args) => untar::run(&args, source),
         StoreCommand::Mount(args) => return mount::run(args, source),
+        StoreCommand::Verify(args) => return verify::run(&args, source),
+        StoreCommand::Gc(args) => gc::run(&args, source),
+        StoreCommand::Pin(args) => pin::pin(&args, source),
+        StoreCommand::Unpin(args) => pin::unpin(&args, source),
+        StoreCommand::Stat(args) => stat::run(&args, source),
     };
     done.map(|()| 0)
 }
@@ -124,6 +149,28 @@ impl Source {
                 Claimed::Here(state.map_err(start_failed_here)?)
             }
         })
+    }
+}
+
+/// A store of this machine itself, for what no protocol has words for.
+struct Own {
+    local: LocalStore,
+    _state: StateDir,
+}
+
+impl Source {
+    /// Opens the store as one of this machine.
+    ///
+    /// # Errors
+    /// Where it is another's, in use, or can't be opened.
+    fn own(self) -> Result<Own, Failed> {
+        match self.claim()? {
+            Claimed::Daemon(_) => Err(Failed(
+                "--to is for what can be asked of any store; this is done where the store lies, while no daemon uses it"
+                    .into(),
+            )),
+            Claimed::Here(state) => Ok(Own { local: LocalStore::open(&state.store())?, _state: state }),
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::castore::ingest::{Tally, Totals};
 use crate::cli::remark;
@@ -63,6 +63,32 @@ fn draw(doing: &str, tally: &Tally, ended: &mpsc::Receiver<()>) {
     }
     if drawn {
         let _ = write!(io::stderr(), "{CLEAR}");
+    }
+}
+
+/// A line that is drawn anew for each thing that is told, though not too often, where people watch. It goes with this.
+#[derive(Default)]
+pub struct Line {
+    drawn: Option<Instant>,
+}
+
+impl Line {
+    /// Shows `text`, if it is time.
+    pub fn tell(&mut self, text: fmt::Arguments<'_>) {
+        let due = self.drawn.is_none_or(|drawn| drawn.elapsed() >= PAUSE);
+        if due && io::stderr().is_terminal() {
+            // That nobody can read it is no reason to stop.
+            let _ = write!(io::stderr(), "{CLEAR}{text}");
+            self.drawn = Some(Instant::now());
+        }
+    }
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        if self.drawn.is_some() {
+            let _ = write!(io::stderr(), "{CLEAR}");
+        }
     }
 }
 

@@ -15,7 +15,7 @@ fn tree(number: u8) -> Sketch {
 }
 
 fn root(node: &Node) -> Object {
-    super::super::keep::object(node).unwrap()
+    Object::of(node).unwrap()
 }
 
 /// Puts trees into a store, of which number N was used N hours after the epoch.
