@@ -134,6 +134,9 @@ impl<'a> Walk<'a> {
                         // The root: only now is everything known that it refers to. Where it is a
                         // file there are no directories; then this makes its blob last.
                         self.ingest.store.directories.put(self.directories)?;
+                        if let Node::File { digest, .. } = &node {
+                            self.ingest.store.blobs.keep(digest)?;
+                        }
                         return Ok(node);
                     };
                     self.path.leave();
