@@ -77,7 +77,9 @@ fn local_path(path: &str) -> Result<PathBuf, &'static str> {
     match path {
         "" => Err("the path of the store is missing"),
         _ if path.contains('\0') => Err("the path contains a NUL byte"),
-        _ if path.starts_with("//") => Err("the path begins with two slashes: local:/PATH or local:PATH is wanted"),
+        _ if path.starts_with("//") => {
+            Err("the path begins with two slashes: local:/PATH or local:PATH is wanted")
+        }
         _ => Ok(Path::new(path).to_owned()),
     }
 }

@@ -155,8 +155,13 @@ impl DirectoryService for Cache {
         }
         let digests: Vec<Digest> = files.all.iter().map(|(digest, _)| *digest).collect();
         let near = self.0.near.blobs.stat_all(&digests)?;
-        let absent: Vec<(Digest, u64)> =
-            files.all.into_iter().zip(near).filter(|(_, near)| near.is_none()).map(|(file, _)| file).collect();
+        let absent: Vec<(Digest, u64)> = files
+            .all
+            .into_iter()
+            .zip(near)
+            .filter(|(_, near)| near.is_none())
+            .map(|(file, _)| file)
+            .collect();
         let digests: Vec<Digest> = absent.iter().map(|(digest, _)| *digest).collect();
         let far = self.stat_all(&digests)?;
         if far.iter().all(Option::is_some) {

@@ -20,6 +20,10 @@ use calls::Calls;
 mod blobs;
 mod calls;
 mod directories;
+#[cfg(test)]
+pub(super) mod faulty;
+#[cfg(test)]
+mod tests;
 mod upload;
 
 pub use calls::Retry;

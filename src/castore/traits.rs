@@ -60,7 +60,8 @@ pub trait BlobService: Send + Sync {
             let read = blob.read_at(&mut buffer, offset);
             let read = read.map_err(|source| StoreError::io("read", format!("the blob {digest}"), source))?;
             let Some(piece) = buffer.get(..read).filter(|piece| !piece.is_empty()) else { return Ok(true) };
-            to.write_all(piece).map_err(|source| StoreError::io("write", format!("the blob {digest}"), source))?;
+            to.write_all(piece)
+                .map_err(|source| StoreError::io("write", format!("the blob {digest}"), source))?;
             offset = offset.saturating_add(read as u64);
         }
     }

@@ -27,11 +27,7 @@ impl<K: Copy + Eq + Hash, V: Clone> Flights<K, V> {
     ///
     /// # Errors
     /// What `work` fails with.
-    pub(super) fn join(
-        &self,
-        key: K,
-        work: impl FnOnce() -> Result<V, StoreError>,
-    ) -> Result<V, StoreError> {
+    pub(super) fn join(&self, key: K, work: impl FnOnce() -> Result<V, StoreError>) -> Result<V, StoreError> {
         let mut first = false;
         let flight = Arc::clone(lock(&self.0).entry(key).or_insert_with(|| {
             first = true;
@@ -44,6 +40,8 @@ impl<K: Copy + Eq + Hash, V: Clone> Flights<K, V> {
             }
             false => flight.wait(),
         };
+        // Who was alone keeps the error as it is.
+        drop(flight);
         end.map_err(|error| Arc::try_unwrap(error).unwrap_or_else(StoreError::Shared))
     }
 }

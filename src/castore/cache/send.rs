@@ -1,8 +1,8 @@
 //! What was stored here, on its way to the far store.
 
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::Inner;
 use crate::castore::{BlobStat, Digest, Directory, Node, StoreError};

@@ -107,7 +107,8 @@ impl RemoteStore {
     fn bring(&self, digest: &Digest, size: Option<u64>) -> Result<Option<Arc<dyn Blob>>, StoreError> {
         let spool = &*self.spool;
         let file = nameless(spool);
-        let file = file.map_err(|error| StoreError::io("make a file in", spool.display().to_string(), error))?;
+        let file =
+            file.map_err(|error| StoreError::io("make a file in", spool.display().to_string(), error))?;
         let mut incoming = Incoming::new(file, *digest, size);
         let copied = self.copy(digest, &mut incoming);
         if copied.is_err() && incoming.overrun().is_none() || matches!(copied, Ok(false)) {

@@ -95,6 +95,10 @@ impl RemoteStore {
                 Ok(Some(message)) => message,
                 Ok(None) if count == 0 => return Ok(Ok(None)),
                 Ok(None) => return tree.complete().map(|tree| Ok(Some(tree))),
+                // It has no more of it: then it is known what is missing.
+                Err(status) if count > 0 && lacks_the_rest(&status) => {
+                    return tree.complete().map(|tree| Ok(Some(tree)));
+                }
                 Err(status) => return Ok(Err(status)),
             };
             let bytes = prost::Message::encoded_len(&message);
@@ -120,6 +124,12 @@ impl RemoteStore {
         let address = self.calls.address.clone();
         StoreError::Wrong { address, kind: "directory", digest: *digest, fault }
     }
+}
+
+/// Whether a server that has begun to send a tree says that it has not all of it. There is no code for that.
+fn lacks_the_rest(status: &Status) -> bool {
+    let codes = [Code::Internal, Code::NotFound, Code::DataLoss, Code::FailedPrecondition];
+    codes.contains(&status.code()) && std::error::Error::source(status).is_none()
 }
 
 fn act(digest: &Digest) -> String {
