@@ -8,7 +8,7 @@
 //! * A directory is fetched with all below it, in one call.
 //! * A `put` of directories returns when they are far, too, and the blobs that they name, which go first. A blob that no
 //!   directory names goes with [`BlobService::keep`].
-//! * A blob near that turns out damaged is fetched again.
+//! * What turns out to be damaged near is fetched again.
 //!
 //! Blobs are fetched whole: their digest says nothing of a part of them, and a list of chunks proves nothing until all
 //! of them are there. Whoever reads one in sequence then reads a local file.
@@ -122,7 +122,7 @@ impl BlobService for Cache {
 
 impl DirectoryService for Cache {
     fn get(&self, digest: &Digest) -> Result<Option<Arc<Directory>>, StoreError> {
-        match self.0.near.directories.get(digest)? {
+        match self.0.near_directory(digest)? {
             Some(directory) => Ok(Some(directory)),
             None => self.0.trees.join(*digest, || self.0.fetch_tree(digest)),
         }
@@ -224,15 +224,16 @@ impl Inner {
 
     /// A blob near, known to be right.
     fn near_blob(&self, digest: &Digest) -> Result<Option<Arc<dyn Blob>>, StoreError> {
-        let Some(blob) = self.near.blobs.open(digest)? else { return Ok(None) };
-        match blob.verify() {
-            Ok(()) => Ok(Some(blob)),
-            Err(StoreError::Damaged { .. }) => {
-                tracing::warn!(%digest, from = self.address, "a damaged blob is fetched again");
-                Ok(None)
-            }
-            Err(error) => Err(error),
-        }
+        let opened = self.near.blobs.open(digest);
+        let verified = opened.and_then(|blob| match blob {
+            Some(blob) => blob.verify().map(|()| Some(blob)),
+            None => Ok(None),
+        });
+        unless_damaged(verified)
+    }
+
+    fn near_directory(&self, digest: &Digest) -> Result<Option<Arc<Directory>>, StoreError> {
+        unless_damaged(self.near.directories.get(digest))
     }
 
     /// Fetches a blob that is not near, if another has not done so meanwhile.
@@ -261,7 +262,7 @@ impl Inner {
 
     /// Fetches a directory that is not near, with all below it.
     fn fetch_tree(&self, root: &Digest) -> Result<Option<Arc<Directory>>, StoreError> {
-        if let Some(directory) = self.near.directories.get(root)? {
+        if let Some(directory) = self.near_directory(root)? {
             return Ok(Some(directory));
         }
         match self.far.directories.get_tree(root) {
@@ -276,6 +277,17 @@ impl Inner {
             }
             Err(error) => Err(error),
         }
+    }
+}
+
+/// What is damaged near is as good as not there: it is fetched again.
+fn unless_damaged<T>(found: Result<Option<T>, StoreError>) -> Result<Option<T>, StoreError> {
+    match found {
+        Err(error @ StoreError::Damaged { .. }) => {
+            tracing::warn!(%error, "it is fetched again");
+            Ok(None)
+        }
+        found => found,
     }
 }
 

@@ -1,5 +1,6 @@
 //! The store that settings choose.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -38,6 +39,7 @@ impl Choice<'_> {
                 Ok(LocalStore::open(path)?.store())
             }
             Some(StoreUrl::Remote(url)) => {
+                tracing::info!(store = %url, cache = %self.near.display(), "the store is elsewhere");
                 let near = self.open_near()?;
                 let _within = self.runtime.enter();
                 let channel = url.address().connect_lazily(url.security());
@@ -59,13 +61,18 @@ impl Choice<'_> {
     }
 }
 
-/// Refuses a directory that holds something else: a part of what a store's directory holds is removed when it is opened.
+/// Refuses a directory that others can change, or that holds something else: a part of what a store's directory holds is
+/// removed when it is opened.
 fn check(path: &Path) -> Result<(), StoreError> {
     let shown = || path.display().to_string();
     let mut entries = match path.read_dir() {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         entries => entries.map_err(|error| StoreError::io("read", shown(), error))?,
     };
+    let mode = path.metadata().map_err(|error| StoreError::io("look at", shown(), error))?.permissions().mode();
+    if mode & 0o022 != 0 {
+        return Err(StoreError::Writable { path: shown(), mode: mode & 0o7777 });
+    }
     match entries.next().is_none() || path.join("lock").symlink_metadata().is_ok() {
         true => Ok(()),
         false => Err(StoreError::NotAStore { path: shown() }),

@@ -315,7 +315,15 @@ pub enum StoreError {
         /// Its root.
         root: Digest,
     },
-    /// There is another store in the way of a new one.
+    /// Others could change what lies in the store.
+    #[error("{path} can't be a store: it has mode {mode:04o}: others than its owner may write to it; chmod go-w it")]
+    Writable {
+        /// The directory.
+        path: String,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// Something else is in the way of a new store.
     #[error("{path} is not empty and no store of cofferdam; choose another place with --store local:PATH")]
     NotAStore {
         /// The directory.

@@ -386,6 +386,7 @@ fn status(error: &StoreError) -> Status {
         | StoreError::Damaged { .. }
         | StoreError::Invalid(_)
         | StoreError::NotAStore { .. }
+        | StoreError::Writable { .. }
         | StoreError::Abandoned => Status::internal(text),
         StoreError::Shared(error) => status(error),
     }
