@@ -171,7 +171,8 @@ fn a_store_elsewhere_on_this_machine(case: &Case) {
     assert!(names(&case.path("elsewhere")).contains("lock"));
     assert!(names(&first.state().join("store")).is_empty(), "the state directory has none");
     // There is room for one.
-    let mut second = case.cofferdam(["daemon", "--listen", "unix:second-socket", "--state-dir", "second-state"]);
+    let mut second =
+        case.cofferdam(["daemon", "--listen", "unix:second-socket", "--state-dir", "second-state"]);
     second.args(["--store", &url]);
     finish(second).code(125).complains("elsewhere is in use by another process");
     drop(first);
@@ -208,7 +209,9 @@ fn what_is_no_store(case: &Case) {
         (["--store-timeout", "0"], "--store-timeout"),
     ];
     for (flags, told) in table {
-        for command in [&["daemon", "--listen", "unix:s"][..], &["daemon", "--no-builds", "--listen", "unix:s"]] {
+        for command in
+            [&["daemon", "--listen", "unix:s"][..], &["daemon", "--no-builds", "--listen", "unix:s"]]
+        {
             let mut daemon = case.cofferdam(command);
             daemon.args(["--state-dir", "state"]).args(flags);
             finish(daemon).code(125).complains(told);
@@ -377,14 +380,15 @@ fn a_full_cache(case: &Case) {
     request("small", small.len());
     case.make_dir("disk");
     let script = "mount -t tmpfs -o size=24m,mode=0755 none disk || exit 99; \
-                  build() { \"$0\" build \"$1.json\" --state-dir disk --store \"$URL\" \
-                  --allow-host-path /usr --allow-host-path /bin --allow-host-path /lib --allow-host-path /lib64; }; \
+                  build() { \"$0\" build \"$1.json\" --state-dir disk --store \"$URL\" $TOOLS; }; \
                   build big; echo big $?; find disk -size +1M -type f; find disk/store/tmp -type f; \
                   build small; echo small $?; \
                   \"$0\" store get \"$BIG\" got --state-dir disk; echo got $?";
     let mut command = case.program("unshare");
     command.args(["--mount", "--propagation", "private", "sh", "-c", script]).arg(support::binary());
-    command.env("URL", url(case)).env("BIG", big_digest);
+    let tools: Vec<String> =
+        support::host_tools().iter().map(|path| format!("--allow-host-path {path}")).collect();
+    command.env("URL", url(case)).env("BIG", big_digest).env("TOOLS", tools.join(" "));
     let ran = finish(command).complains("store").complains("no space left");
     let said: Vec<String> = ran.out().lines().map(str::to_owned).collect();
     assert_eq!(said.first().map(String::as_str), Some("big 125"), "nothing is left of it; {ran}");

@@ -4,7 +4,7 @@
 //!
 //! * What comes from far is checked against its digest before it gets its name near, and nobody sees it before.
 //! * However many want the same at the same time, it is fetched once, and all are told of a failure. Who comes later tries
-//!   again.
+//!   again, but at once only after one that came quickly.
 //! * A directory is fetched with all below it, in one call.
 //! * A `put` of directories returns when they are far, too, and the blobs that they name, which go first. A blob that no
 //!   directory names goes with [`BlobService::keep`].
@@ -58,13 +58,16 @@ pub fn over(near: Store, far: Store, address: impl ToString) -> Store {
 #[derive(Clone)]
 struct Cache(Arc<Inner>);
 
+/// What a store has of a digest, if anything.
+type Found<T> = Option<Arc<T>>;
+
 struct Inner {
     near: Store,
     far: Store,
     address: String,
     /// By digest and the size stated: who states a wrong one must not be another's failure.
-    fetches: Flights<(Digest, Option<u64>), Option<Arc<dyn Blob>>>,
-    trees: Flights<Digest, Option<Arc<Directory>>>,
+    fetches: Flights<(Digest, Option<u64>), Found<dyn Blob>>,
+    trees: Flights<Digest, Found<Directory>>,
     sends: Flights<Digest, ()>,
     /// What far is known to have.
     blobs: PresentBlobs,

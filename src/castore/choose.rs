@@ -69,7 +69,8 @@ fn check(path: &Path) -> Result<(), StoreError> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         entries => entries.map_err(|error| StoreError::io("read", shown(), error))?,
     };
-    let mode = path.metadata().map_err(|error| StoreError::io("look at", shown(), error))?.permissions().mode();
+    let mode =
+        path.metadata().map_err(|error| StoreError::io("look at", shown(), error))?.permissions().mode();
     if mode & 0o022 != 0 {
         return Err(StoreError::Writable { path: shown(), mode: mode & 0o7777 });
     }

@@ -52,7 +52,12 @@ impl<W: Write> Incoming<W> {
             Some(stated) if size < stated => WrongBytes::Short { size, stated },
             _ => WrongBytes::Digest { size, actual },
         };
-        Err(StoreError::Wrong { address: address.to_owned(), kind: "blob", digest: self.digest, fault })
+        Err(StoreError::Wrong {
+            address: address.to_owned(),
+            kind: "blob",
+            digest: self.digest,
+            fault: fault.into(),
+        })
     }
 }
 
@@ -80,7 +85,9 @@ mod tests {
     fn only_the_right_bytes_pass() {
         let (right, empty) = (Digest::of(b"hello"), Digest::of(b""));
         let other = |size, bytes: &[u8]| Some(WrongBytes::Digest { size, actual: Digest::of(bytes) });
-        let cases: [(&str, Digest, Option<u64>, &[&[u8]], Option<WrongBytes>); 10] = [
+        /// What is wanted, in what size, what comes, and what is wrong with it.
+        type Case<'a> = (&'a str, Digest, Option<u64>, &'a [&'a [u8]], Option<WrongBytes>);
+        let cases: [Case<'_>; 10] = [
             ("in one", right, Some(5), &[b"hello"], None),
             ("in pieces", right, Some(5), &[b"he", b"", b"llo"], None),
             ("of no stated size", right, None, &[b"hello"], None),
@@ -100,7 +107,7 @@ mod tests {
             match (incoming.checked("there"), fault) {
                 (Ok(bytes), None) => assert_eq!(bytes, pieces.concat(), "{case}"),
                 (Err(StoreError::Wrong { fault, .. }), Some(expected)) => {
-                    assert_eq!(fault, expected, "{case}");
+                    assert_eq!(*fault, expected, "{case}");
                 }
                 (other, expected) => panic!("{case}: {other:?} instead of {expected:?}"),
             }

@@ -305,7 +305,7 @@ pub enum StoreError {
         /// The digest that was asked for.
         digest: Digest,
         /// What is wrong with what came.
-        fault: WrongBytes,
+        fault: Box<WrongBytes>,
     },
     /// A tree has more directories, or larger ones, than are taken at a time.
     #[error(
@@ -316,7 +316,9 @@ pub enum StoreError {
         root: Digest,
     },
     /// Others could change what lies in the store.
-    #[error("{path} can't be a store: it has mode {mode:04o}: others than its owner may write to it; chmod go-w it")]
+    #[error(
+        "{path} can't be a store: it has mode {mode:04o}: others than its owner may write to it; chmod go-w it"
+    )]
     Writable {
         /// The directory.
         path: String,

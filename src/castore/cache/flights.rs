@@ -3,18 +3,29 @@
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::castore::StoreError;
 use crate::lock::lock;
 
+/// A failure that took so long is told to those who come within as long after it. The kernel asks again at once for what
+/// it could not read ahead: its reader must not wait for another deadline.
+const SLOW: Duration = Duration::from_secs(1);
+
 type End<V> = Result<V, Arc<StoreError>>;
 
-/// What is being worked on, by key.
+/// What is being worked on, by key, and what has just failed slowly.
 pub(super) struct Flights<K, V>(Mutex<HashMap<K, Arc<Flight<V>>>>);
 
 struct Flight<V> {
-    end: Mutex<Option<End<V>>>,
+    began: Instant,
+    end: Mutex<Option<Ended<V>>>,
     ended: Condvar,
+}
+
+struct Ended<V> {
+    at: Instant,
+    how: End<V>,
 }
 
 impl<K: Copy + Eq + Hash, V: Clone> Flights<K, V> {
@@ -23,16 +34,19 @@ impl<K: Copy + Eq + Hash, V: Clone> Flights<K, V> {
     }
 
     /// Does `work`, or waits for whoever does the same already. All of them get one result, a failure too; who comes
-    /// later begins anew.
+    /// later begins anew, unless that failure took long and was just now.
     ///
     /// # Errors
     /// What `work` fails with.
     pub(super) fn join(&self, key: K, work: impl FnOnce() -> Result<V, StoreError>) -> Result<V, StoreError> {
         let mut first = false;
-        let flight = Arc::clone(lock(&self.0).entry(key).or_insert_with(|| {
+        let mut flights = lock(&self.0);
+        flights.retain(|_, flight| !flight.is_past());
+        let flight = Arc::clone(flights.entry(key).or_insert_with(|| {
             first = true;
-            Arc::new(Flight { end: Mutex::new(None), ended: Condvar::new() })
+            Arc::new(Flight { began: Instant::now(), end: Mutex::new(None), ended: Condvar::new() })
         }));
+        drop(flights);
         let end = match first {
             true => {
                 let mut landing = Landing { flights: self, key, flight: &flight, end: None };
@@ -51,10 +65,15 @@ impl<V: Clone> Flight<V> {
         let mut end = lock(&self.end);
         loop {
             if let Some(end) = &*end {
-                return end.clone();
+                return end.how.clone();
             }
             end = self.ended.wait(end).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Whether it ended so long ago that whoever asks now begins anew.
+    fn is_past(&self) -> bool {
+        lock(&self.end).as_ref().is_some_and(|end| end.at.elapsed() >= SLOW)
     }
 }
 
@@ -68,22 +87,23 @@ struct Landing<'a, K: Eq + Hash, V> {
 
 impl<K: Eq + Hash, V> Drop for Landing<'_, K, V> {
     fn drop(&mut self) {
-        // Who comes from now on looks whether it has been done, and finds what the work has left.
-        lock(&self.flights.0).remove(&self.key);
-        let end = self.end.take().unwrap_or_else(|| Err(Arc::new(StoreError::Abandoned)));
-        *lock(&self.flight.end) = Some(end);
+        let how = self.end.take().unwrap_or_else(|| Err(Arc::new(StoreError::Abandoned)));
+        let slow_failure = how.is_err() && self.flight.began.elapsed() >= SLOW;
+        if !slow_failure {
+            // Who comes from now on looks whether it has been done, and finds what the work has left.
+            lock(&self.flights.0).remove(&self.key);
+        }
+        *lock(&self.flight.end) = Some(Ended { at: Instant::now(), how });
         self.flight.ended.notify_all();
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Barrier;
-    use std::sync::atomic::{AtomicUsize, Ordering};
-    use std::time::Duration;
-
     use super::*;
     use crate::castore::Digest;
+    use std::sync::Barrier;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     const WAITING: usize = 20;
 
@@ -135,5 +155,21 @@ mod tests {
         assert!(flights.join(digest, || Err(StoreError::Abandoned)).is_err());
         assert_eq!(flights.join(digest, || Ok(1)).unwrap(), 1);
         assert_eq!(flights.join(digest, || Ok(2)).unwrap(), 2);
+    }
+
+    #[test]
+    fn a_slow_failure_is_told_for_a_moment() {
+        let flights = Flights::new();
+        let digest = Digest::of(b"x");
+        let slowly = |end: Result<u32, StoreError>| {
+            std::thread::sleep(SLOW);
+            end
+        };
+        assert!(flights.join(digest, || slowly(Err(StoreError::Abandoned))).is_err());
+        assert!(flights.join(digest, || Ok(1)).is_err());
+        std::thread::sleep(SLOW);
+        assert_eq!(flights.join(digest, || slowly(Ok(2))).unwrap(), 2);
+        assert_eq!(flights.join(digest, || Ok(3)).unwrap(), 3);
+        assert!(lock(&flights.0).is_empty());
     }
 }

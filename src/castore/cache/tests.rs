@@ -109,7 +109,7 @@ fn wrong_bytes_stay_out() {
         assert!(told.contains(&digest.to_hex()) && told.contains(&server.address()), "{lie:?}: {told}");
         match error {
             StoreError::Wrong { fault, .. } => {
-                assert_eq!(matches!(fault, WrongBytes::Long { .. }), long, "{lie:?}: {fault}");
+                assert_eq!(matches!(*fault, WrongBytes::Long { .. }), long, "{lie:?}: {fault}");
             }
             other => panic!("{lie:?}: {other:?}"),
         }

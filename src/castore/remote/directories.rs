@@ -14,6 +14,9 @@ use crate::castore::children::check_children;
 use crate::castore::whole::Tree;
 use crate::castore::{Digest, Directory, DirectoryService, StoreError, WrongBytes};
 
+/// How a stream with a tree ends.
+type TreeEnd = Result<Option<Vec<Arc<Directory>>>, Status>;
+
 impl DirectoryService for RemoteStore {
     fn get(&self, digest: &Digest) -> Result<Option<Arc<Directory>>, StoreError> {
         let call = || async move { self.ask(digest, false).await?.message().await };
@@ -87,7 +90,7 @@ impl RemoteStore {
         mut stream: Streaming<wire::Directory>,
         patience: &mut Patience,
         most: &mut usize,
-    ) -> Result<Result<Option<Vec<Arc<Directory>>>, Status>, StoreError> {
+    ) -> Result<TreeEnd, StoreError> {
         let mut tree = Tree::new(*root);
         let mut count = 0;
         loop {
@@ -122,7 +125,7 @@ impl RemoteStore {
     fn wrong(&self, digest: &Digest, directory: &Directory, actual: Digest) -> StoreError {
         let fault = WrongBytes::Digest { size: directory.encoded_len() as u64, actual };
         let address = self.calls.address.clone();
-        StoreError::Wrong { address, kind: "directory", digest: *digest, fault }
+        StoreError::Wrong { address, kind: "directory", digest: *digest, fault: fault.into() }
     }
 }
 

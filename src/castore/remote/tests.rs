@@ -147,16 +147,18 @@ fn lies_about_blobs_are_found_out() {
         server.set(lie);
         match store.blobs.open_sized(&blob, size).map(drop).unwrap_err() {
             StoreError::Wrong { digest, fault, .. } => {
-                assert_eq!((digest, fault), (blob, expected), "{lie:?}")
+                assert_eq!((digest, *fault), (blob, expected), "{lie:?}")
             }
             other => panic!("{lie:?}: {other}"),
         }
     }
     server.set(Fault::Wrong);
-    let wrong = store.blobs.open(&blob).map(drop).unwrap_err();
-    assert!(
-        matches!(wrong, StoreError::Wrong { fault: WrongBytes::Digest { size: given, .. }, .. } if given == size)
-    );
+    match store.blobs.open(&blob).map(drop).unwrap_err() {
+        StoreError::Wrong { fault, .. } => {
+            assert!(matches!(*fault, WrongBytes::Digest { size: given, .. } if given == size), "{fault}");
+        }
+        other => panic!("{other}"),
+    }
 }
 
 #[test]
