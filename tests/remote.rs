@@ -263,6 +263,8 @@ fn a_silent_store_ends_the_build(case: &Case) {
     gone("a process of the build, be it in D state", || processes(&marker));
     gone("a scratch directory", || near.scratch());
     far.signal(Signal::SIGCONT);
+    // For so long the failure is told to others.
+    std::thread::sleep(Duration::from_secs(1));
     let made = build(&near, "cp -r /inputs/tree /outputs/x", vec![tree.clone()]).unwrap();
     assert_eq!(digest_of(&output(&made, "x")), digest_of(&tree));
 }
