@@ -20,7 +20,8 @@ use std::sync::Arc;
 use super::incoming::Incoming;
 use super::whole::children_first;
 use super::{
-    Blob, BlobService, BlobStat, BlobWriter, Digest, Directory, DirectoryService, Node, Store, StoreError,
+    Blob, BlobService, BlobStat, BlobWriter, Digest, Directory, DirectoryService, Lease, Node, Store,
+    StoreError,
 };
 use crate::recent::Memo;
 use ahead::Ahead;
@@ -72,8 +73,8 @@ struct Inner {
     /// What far is known to have.
     blobs: PresentBlobs,
     directories: PresentDirectories,
-    /// Trees whose directories are near, and whose blobs were found.
-    prepared: Memo<Digest, ()>,
+    /// Trees whose directories were near and whose blobs were found, with the removals near that there had been.
+    prepared: Memo<Digest, u64>,
     ahead: Ahead,
 }
 
@@ -143,11 +144,12 @@ impl DirectoryService for Cache {
     }
 
     fn prepare(&self, roots: &[Node]) -> Result<(), StoreError> {
+        let removals = self.removals();
         let mut files = Files::default();
         let mut trees = Vec::new();
         for root in roots {
             match root {
-                Node::Directory { digest, .. } if self.0.prepared.get(digest).is_none() => {
+                Node::Directory { digest, .. } if self.0.prepared.get(digest) != Some(removals) => {
                     if self.walk(*digest, &mut files)? {
                         trees.push(*digest);
                     }
@@ -168,7 +170,7 @@ impl DirectoryService for Cache {
         let digests: Vec<Digest> = absent.iter().map(|(digest, _)| *digest).collect();
         let far = self.stat_all(&digests)?;
         if far.iter().all(Option::is_some) {
-            trees.into_iter().for_each(|root| self.0.prepared.insert(root, (), 1));
+            trees.into_iter().for_each(|root| self.0.prepared.insert(root, removals, 1));
         }
         let there = absent.into_iter().zip(far).filter(|(_, far)| far.is_some()).map(|(file, _)| file);
         self.0.fetch_ahead(there);
@@ -177,6 +179,14 @@ impl DirectoryService for Cache {
 
     fn trim(&self) {
         self.0.near.directories.trim();
+    }
+
+    fn lease(&self, roots: &[Node]) -> Lease {
+        self.0.near.directories.lease(roots)
+    }
+
+    fn removals(&self) -> u64 {
+        self.0.near.directories.removals()
     }
 }
 

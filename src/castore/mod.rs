@@ -22,7 +22,5 @@ mod whole;
 pub use local::LocalStore;
 pub use node::{Digest, Directory, Name, Node, NodeError, Target};
 pub use traits::{
-pub use traits::{
     Blob, BlobService, BlobStat, BlobWriter, DirectoryService, Lease, Store, StoreError, Stored, WrongBytes,
-};
 };
