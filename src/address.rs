@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
 use tokio::net::{TcpStream, UnixStream};
-use tonic::transport::{Channel, Endpoint};
+use tonic::codegen::http::Uri;
+use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
+use tower::Service;
 
 /// Longest path of a unix socket in bytes: `sun_path` of Linux without its NUL.
 const MAX_SOCKET_PATH: usize = 107;
@@ -62,21 +64,60 @@ impl Address {
         };
         connecting.await.map_err(|source| ConnectError { address: self.clone(), source })
     }
+
+    /// A channel that connects when it is first used, and anew whenever the connection was lost. Until then, and where
+    /// that fails, its calls fail with `UNAVAILABLE`.
+    ///
+    /// Call this on the executor. Over a unix socket there is no TLS.
+    ///
+    /// # Errors
+    /// [`ConnectError`] where TLS can't be had: there are no root certificates on this system.
+    pub fn connect_lazily(&self, security: Security) -> Result<Channel, ConnectError> {
+        let channel = match self {
+            Self::Unix(path) => Ok(unix_endpoint().connect_with_connector_lazy(unix_connector(path))),
+            Self::Tcp { host, port } => tcp_endpoint(host, *port, security)
+                .map(|endpoint| endpoint.connect_with_connector_lazy(tcp_connector(host, *port))),
+        };
+        channel.map_err(|source| ConnectError { address: self.clone(), source })
+    }
+}
+
+/// Whether a connection over TCP is encrypted, and the other side made to prove its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Security {
+    /// Neither.
+    Plain,
+    /// Both, by TLS with the root certificates of this system.
+    Tls,
 }
 
 async fn connect_tcp(host: &str, port: u16) -> Result<Channel, tonic::transport::Error> {
-    let endpoint = Endpoint::from_shared(format!("http://{host}:{port}"))?;
+    tcp_endpoint(host, port, Security::Plain)?.connect_with_connector(tcp_connector(host, port)).await
+}
+
+fn tcp_endpoint(host: &str, port: u16, security: Security) -> Result<Endpoint, tonic::transport::Error> {
+    let endpoint = match security {
+        Security::Plain => Endpoint::from_shared(format!("http://{host}:{port}"))?,
+        Security::Tls => Endpoint::from_shared(format!("https://{host}:{port}"))?
+            .tls_config(ClientTlsConfig::new().with_native_roots())?,
+    };
     let endpoint = endpoint.http2_keep_alive_interval(KEEP_ALIVE).keep_alive_timeout(KEEP_ALIVE);
+    Ok(endpoint.connect_timeout(CONNECT_TIMEOUT))
+}
+
+fn tcp_connector(
+    host: &str,
+    port: u16,
+) -> impl Service<Uri, Response = TokioIo<TcpStream>, Error = io::Error, Future: Send> + Send + 'static {
     let host = host.to_owned();
-    let connector = tower::service_fn(move |_| {
+    tower::service_fn(move |_| {
         let host = host.clone();
         async move {
             let stream = TcpStream::connect(resolve(&host, port).await?.as_slice()).await?;
             stream.set_nodelay(true)?;
-            Ok::<_, io::Error>(TokioIo::new(stream))
+            Ok(TokioIo::new(stream))
         }
-    });
-    endpoint.connect_timeout(CONNECT_TIMEOUT).connect_with_connector(connector).await
+    })
 }
 
 /// The addresses of a host: a name, an IPv4 address, or an IPv6 address that may stand in brackets.
@@ -112,13 +153,22 @@ pub async fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
 }
 
 async fn connect_unix(path: &Path) -> Result<Channel, tonic::transport::Error> {
+    unix_endpoint().connect_with_connector(unix_connector(path)).await
+}
+
+fn unix_endpoint() -> Endpoint {
+    // The URI is what the server is told it is called; the connector decides where it is.
+    Endpoint::from_static("http://localhost").connect_timeout(CONNECT_TIMEOUT)
+}
+
+fn unix_connector(
+    path: &Path,
+) -> impl Service<Uri, Response = TokioIo<UnixStream>, Error = io::Error, Future: Send> + Send + 'static {
     let path = path.to_owned();
-    let connector = tower::service_fn(move |_| {
+    tower::service_fn(move |_| {
         let path = path.clone();
         async move { UnixStream::connect(path).await.map(TokioIo::new) }
-    });
-    // The URI is what the server is told it is called; the connector decides where it is.
-    Endpoint::from_static("http://localhost").connect_with_connector(connector).await
+    })
 }
 
 impl FromStr for Address {

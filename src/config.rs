@@ -3,6 +3,7 @@
 use std::io;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use cofferdam_sandbox::Pasta;
 use cofferdam_sandbox::cgroup::Choice;
@@ -11,14 +12,19 @@ use cofferdam_sandbox::seccomp::Profile;
 
 use crate::isolation::{Demands, Network};
 use crate::size::{Share, Size};
+use crate::store_url::StoreUrl;
 
 /// Everything about a worker that can be chosen.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Where the store and the scratch space lie; one worker at a time.
+    /// Where the scratch space lies, and the store, or the cache in front of a remote one; one worker at a time.
     pub state_dir: PathBuf,
     /// Whether the state directory outlives the worker.
     pub lifetime: Lifetime,
+    /// The store; `None`: that of the state directory.
+    pub store: Option<StoreUrl>,
+    /// How long a remote store may keep a call waiting.
+    pub store_deadline: Duration,
     /// How many builds run at once.
     pub max_builds: NonZeroUsize,
     /// How many more may wait for their turn.
@@ -112,6 +118,9 @@ impl NetworkPolicy {
     }
 }
 
+/// How many seconds a remote store may keep a call waiting by default.
+pub const STORE_DEADLINE_SECONDS: u64 = 60;
+
 /// How many builds wait by default before more are refused.
 pub const MAX_WAITING: usize = 1000;
 
@@ -121,6 +130,8 @@ impl Settings {
         Self {
             state_dir,
             lifetime,
+            store: None,
+            store_deadline: Duration::from_secs(STORE_DEADLINE_SECONDS),
             max_builds: std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
             max_waiting: MAX_WAITING,
             allowed_host_paths: Vec::new(),

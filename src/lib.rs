@@ -18,5 +18,6 @@ pub mod remote;
 pub mod selftest;
 pub mod server;
 pub mod size;
+pub mod store_url;
 pub mod view;
 pub mod worker;

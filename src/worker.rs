@@ -16,9 +16,11 @@ use cofferdam_sandbox::ids::{EnterError, Entered, IdClaim};
 use cofferdam_sandbox::seccomp::Profile;
 use cofferdam_sandbox::{Identity, Leftovers, SpawnError, Spawner, Stock, landlock, seccomp};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use tokio::runtime::Handle;
 
 use crate::build::{Builder, Sandboxes, ScratchError};
-use crate::castore::{LocalStore, Store, StoreError};
+use crate::castore::choose::Choice;
+use crate::castore::{Store, StoreError};
 use crate::config::{Lifetime, Settings};
 use crate::inputs::Inputs;
 use crate::inputs::copies::{Copies, CopyError};
@@ -179,25 +181,30 @@ impl Groundwork {
         Ok(Self { settings, identity, spawner, cgroups, state, claim })
     }
 
-    /// Opens the store, mounts the view or does without, and puts the builder over them.
+    /// Opens the store, mounts the view or does without, and puts the builder over them. `runtime` will carry out the
+    /// calls to a remote store.
     ///
     /// # Errors
     /// Where one of them can't be had.
-    pub fn build(self) -> Result<Worker, WorkerStartError> {
-        self.build_over(|store| store)
+    pub fn build(self, runtime: &Handle) -> Result<Worker, WorkerStartError> {
+        self.build_over(runtime, |store| store)
     }
 
-    /// The same with another store over that of the state directory, which `over` is given.
+    /// The same with another store over the one that was chosen, which `over` is given.
     ///
     /// # Errors
     /// As [`Groundwork::build`].
-    pub fn build_over(self, over: impl FnOnce(Store) -> Store) -> Result<Worker, WorkerStartError> {
+    pub fn build_over(
+        self,
+        runtime: &Handle,
+        over: impl FnOnce(Store) -> Store,
+    ) -> Result<Worker, WorkerStartError> {
         let Self { mut settings, identity, spawner, cgroups, state, claim } = self;
         let cgroup::Found { cgroups, status: limits } = cgroups;
         if let Some(slots) = identity.slots().and_then(|slots| NonZeroUsize::new(slots as usize)) {
             settings.max_builds = settings.max_builds.min(slots);
         }
-        let store = over(LocalStore::open_for(&state.store(), settings.lifetime)?.store());
+        let store = over(state.open_store(&settings, runtime)?);
         let at = state.view();
         state.subdirectory(&at)?;
         let cpus = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
@@ -330,7 +337,22 @@ impl StateDir {
         }
     }
 
-    /// Where the store lies.
+    /// Opens the store that the settings choose.
+    ///
+    /// # Errors
+    /// Where it can't be opened. A remote one need not be there yet.
+    pub fn open_store(&self, settings: &Settings, runtime: &Handle) -> Result<Store, StoreError> {
+        let choice = Choice {
+            url: settings.store.as_ref(),
+            deadline: settings.store_deadline,
+            near: self.store(),
+            lifetime: self.lifetime,
+            runtime,
+        };
+        choice.open()
+    }
+
+    /// Where the store lies, unless another is chosen.
     pub fn store(&self) -> PathBuf {
         self.path.join("store")
     }

@@ -94,7 +94,7 @@ fn kept_to_a_size(case: &Case) {
     let place = ["--state-dir", "state"];
     tree(case, "tree");
     store(case, &["add", "tree"], &place).code(0);
-    case.write("other", &"x".repeat(200_000));
+    case.write("other", "x".repeat(200_000));
     let other = store(case, &["add", "other"], &place).code(0).out();
     store(case, &["gc"], &place).code(125);
     store(case, &["gc", "--size", "0"], &place).code(0).complains("younger than ten minutes");

@@ -54,8 +54,12 @@ impl Means {
         self.store.directories.lease(&roots)
     }
 
-    /// Checks that all inputs are in the store, and as large as stated. It blocks.
+    /// Checks that all inputs are in the store, and as large as stated. It blocks: a store that has them elsewhere brings
+    /// the directories here, so that no walk will have to wait for the network.
     pub(super) fn has_inputs(&self, request: &Request) -> Result<(), Fault> {
+        let nodes: Vec<Node> = request.inputs.values().cloned().collect();
+        let prepared = self.store.directories.prepare(&nodes);
+        prepared.map_err(|error| WorkerError::new(WorkerPart::Store, error))?;
         let roots = request.inputs.iter().map(|(name, node)| {
             let path = request.inputs_dir.join(name).unwrap_or_else(|_| SandboxPath::root());
             (path.to_string(), node)

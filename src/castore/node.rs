@@ -254,6 +254,11 @@ impl Directory {
         wire::Directory::from(self).encode_to_vec()
     }
 
+    /// Length of the canonical encoding in bytes.
+    pub fn encoded_len(&self) -> usize {
+        wire::Directory::from(self).encoded_len()
+    }
+
     /// The digest of the canonical encoding.
     pub fn digest(&self) -> Digest {
         Digest::of(&self.encode())

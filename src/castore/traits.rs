@@ -8,6 +8,12 @@ use std::io;
 use std::sync::Arc;
 
 use super::node::{Digest, Directory, Node, NodeError};
+use super::whole::Tree;
+
+pub use super::whole::{MAX_TREE_BYTES, MAX_TREE_DIRECTORIES};
+
+/// How much [`BlobService::copy`] reads at a time.
+const COPY_BYTES: usize = 256 << 10;
 
 /// Keeps blobs: byte strings of any length, named by their digest.
 pub trait BlobService: Send + Sync {
@@ -22,6 +28,53 @@ pub trait BlobService: Send + Sync {
     /// # Errors
     /// Where the store can't tell, or can't read it.
     fn open(&self, digest: &Digest) -> Result<Option<Arc<dyn Blob>>, StoreError>;
+
+    /// [`BlobService::open`] of a blob that has `size` bytes, as whoever names it says. A store that brings it from
+    /// elsewhere takes no more than that.
+    ///
+    /// # Errors
+    /// As [`BlobService::open`].
+    fn open_sized(&self, digest: &Digest, size: u64) -> Result<Option<Arc<dyn Blob>>, StoreError> {
+        let _ = size;
+        self.open(digest)
+    }
+
+    /// [`BlobService::stat`] of many blobs, in their order. A store elsewhere is asked for several at a time.
+    ///
+    /// # Errors
+    /// As [`BlobService::stat`].
+    fn stat_all(&self, digests: &[Digest]) -> Result<Vec<Option<BlobStat>>, StoreError> {
+        digests.iter().map(|digest| self.stat(digest)).collect()
+    }
+
+    /// Writes the bytes that the store gives for this digest to `to`; false where it has none. They are as they
+    /// come: whoever takes them checks them. Where `to` refuses some, no more are fetched.
+    ///
+    /// # Errors
+    /// Where the store can't give them; [`StoreError::Io`] where `to` refused them.
+    fn copy(&self, digest: &Digest, to: &mut dyn io::Write) -> Result<bool, StoreError> {
+        let Some(blob) = self.open(digest)? else { return Ok(false) };
+        let mut buffer = vec![0; COPY_BYTES];
+        let mut offset: u64 = 0;
+        loop {
+            let read = blob.read_at(&mut buffer, offset);
+            let read = read.map_err(|source| StoreError::io("read", format!("the blob {digest}"), source))?;
+            let Some(piece) = buffer.get(..read).filter(|piece| !piece.is_empty()) else { return Ok(true) };
+            to.write_all(piece)
+                .map_err(|source| StoreError::io("write", format!("the blob {digest}"), source))?;
+            offset = offset.saturating_add(read as u64);
+        }
+    }
+
+    /// Makes a blob last that was finished here and that no directory will name. (What directories name lasts with them,
+    /// [`DirectoryService::put`].) A store on this machine has it already; one that stands for another sends it there.
+    ///
+    /// # Errors
+    /// Where the store that lasts does not take it.
+    fn keep(&self, digest: &Digest) -> Result<(), StoreError> {
+        let _ = digest;
+        Ok(())
+    }
 
     /// Begins a new blob. It comes into being, whole, with [`BlobWriter::finish`]; a writer that is
     /// dropped before leaves nothing.
@@ -102,6 +155,35 @@ pub trait DirectoryService: Send + Sync {
 
     /// Gives back memory that only saves work. What is needed of it is read again.
     fn trim(&self) {}
+
+    /// The directory of this digest with all below it, each once and after one that refers to it; `None` where it is
+    /// not there itself.
+    ///
+    /// # Errors
+    /// As [`DirectoryService::get`]; [`StoreError::MissingChild`] where something below it is not there;
+    /// [`StoreError::TooLarge`] beyond [`MAX_TREE_DIRECTORIES`] or [`MAX_TREE_BYTES`].
+    fn get_tree(&self, root: &Digest) -> Result<Option<Vec<Arc<Directory>>>, StoreError> {
+        let Some(directory) = self.get(root)? else { return Ok(None) };
+        let mut tree = Tree::new(*root);
+        tree.add(*root, directory)?;
+        while let Some(next) = tree.wanted() {
+            match self.get(&next)? {
+                Some(directory) => tree.add(next, directory)?,
+                None => break,
+            };
+        }
+        tree.complete().map(Some)
+    }
+
+    /// Is told that the trees of `roots` will soon be walked, and their files read. A store that has them elsewhere
+    /// brings the directories here before it returns, and may go on to fetch files.
+    ///
+    /// # Errors
+    /// Where it can't bring them. What is not there is no error.
+    fn prepare(&self, roots: &[Node]) -> Result<(), StoreError> {
+        let _ = roots;
+        Ok(())
+    }
 
     /// Keeps the trees of `roots`, their blobs included, from being removed for as long as the value that this yields
     /// lives, and counts them as used now. A store that removes nothing by itself has nothing to do.
@@ -208,10 +290,79 @@ pub enum StoreError {
     Remote {
         /// Its address.
         address: String,
-        /// What it was asked, as a verb.
-        act: &'static str,
-        /// What it answered.
+        /// What it was asked, as a verb with its object.
+        act: String,
+        /// What it answered, or that it did not.
         message: String,
+    },
+    /// A store elsewhere gave other bytes than those of the digest. They were thrown away.
+    #[error("the store at {address} gave something else for the {kind} {digest}: {fault}")]
+    Wrong {
+        /// Its address.
+        address: String,
+        /// `blob` or `directory`.
+        kind: &'static str,
+        /// The digest that was asked for.
+        digest: Digest,
+        /// What is wrong with what came.
+        fault: Box<WrongBytes>,
+    },
+    /// A tree has more directories, or larger ones, than are taken at a time.
+    #[error(
+        "the tree {root} is too large: at most {MAX_TREE_DIRECTORIES} directories of {MAX_TREE_BYTES} bytes in all"
+    )]
+    TooLarge {
+        /// Its root.
+        root: Digest,
+    },
+    /// Others could change what lies in the store.
+    #[error(
+        "{path} can't be a store: it has mode {mode:04o}: others than its owner may write to it; chmod go-w it"
+    )]
+    Writable {
+        /// The directory.
+        path: String,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// Something else is in the way of a new store.
+    #[error("{path} is not empty and no store of cofferdam; choose another place with --store local:PATH")]
+    NotAStore {
+        /// The directory.
+        path: String,
+    },
+    /// The thread that another one waited for has panicked.
+    #[error("the store's work was abandoned")]
+    Abandoned,
+    /// What another caller was told who had asked for the same at the same time.
+    #[error("{0}")]
+    Shared(Arc<StoreError>),
+}
+
+/// What can be wrong with bytes that should have a certain digest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum WrongBytes {
+    /// They have another.
+    #[error("{size} bytes with the digest {actual}")]
+    Digest {
+        /// How many came.
+        size: u64,
+        /// Their digest.
+        actual: Digest,
+    },
+    /// They end too early.
+    #[error("{size} bytes instead of {stated}")]
+    Short {
+        /// How many came.
+        size: u64,
+        /// How many there should be.
+        stated: u64,
+    },
+    /// They go on where they should end.
+    #[error("more than {limit} bytes")]
+    Long {
+        /// How many there may be.
+        limit: u64,
     },
 }
 

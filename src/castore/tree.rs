@@ -188,7 +188,7 @@ impl Layout<'_> {
     /// Fills a new file with a blob. What it then holds is checked, not what the store was seen to hold.
     fn contents(&mut self, mut file: &File, digest: &Digest, stated: u64) -> Result<(), ExportError> {
         let io = |act, path: &Cursor, source| ExportError::Io { act, path: path.to_string(), source };
-        let blob = self.export.store.blobs.open(digest)?;
+        let blob = self.export.store.blobs.open_sized(digest, stated)?;
         let blob = blob.ok_or_else(|| missing(ObjectKind::Blob, digest, &self.path))?;
         let shared = shares_blocks(file, &*blob);
         let mut hasher = blake3::Hasher::new();

@@ -10,6 +10,7 @@ use super::isolation::IsolationArgs;
 use super::limits::LimitArgs;
 use super::network::{self, NetworkChoice};
 use super::render::{self, End, Format};
+use super::store_choice::StoreChoiceArgs;
 use super::{Failed, Signals, StateArgs, cannot, path_parser, runtime, shell, start_failed_here};
 use crate::address::Address;
 use crate::build::events::Event;
@@ -30,12 +31,15 @@ pub struct BuildArgs {
     /// Have a daemon do it: unix:PATH, HOST:PORT, grpc+unix:PATH or grpc+http://HOST:PORT
     #[arg(long, value_name = "ADDR", conflicts_with_all = ["state_dir", "allow_host_path", "allow_network", "sandbox_shell", "profile", "isolation"])]
     #[arg(conflicts_with_all = LimitArgs::NAMES)]
+    #[arg(conflicts_with_all = StoreChoiceArgs::NAMES)]
     to: Option<Address>,
     /// Print each event as a line of JSON
     #[arg(long)]
     json: bool,
     #[command(flatten)]
     state: StateArgs,
+    #[command(flatten)]
+    store: StoreChoiceArgs,
     /// Let the build see PATH of this host, and all beneath it, if the request asks for it; may be repeated
     #[arg(long, value_name = "PATH", value_parser = path_parser())]
     allow_host_path: Vec<PathBuf>,
@@ -69,9 +73,10 @@ pub fn run(args: BuildArgs) -> Result<u8, Failed> {
             settings.limits = args.limits.settings(Floor::None);
             settings.shell = args.sandbox_shell.map(shell::checked).transpose()?;
             args.isolation.apply(&mut settings);
+            args.store.apply(&mut settings)?;
             let ground = Groundwork::lay(settings).map_err(start_failed_here)?;
             let runtime = runtime()?;
-            let worker = ground.build()?;
+            let worker = ground.build(runtime.handle())?;
             runtime.block_on(async {
                 let mut signals = Signals::listen()?;
                 in_process(&worker, request.clone(), format, &mut signals).await

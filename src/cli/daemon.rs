@@ -11,10 +11,11 @@ use tokio::task::JoinSet;
 use super::isolation::IsolationArgs;
 use super::limits::LimitArgs;
 use super::network::{self, NetworkChoice};
+use super::store_choice::StoreChoiceArgs;
 use super::{Failed, Signals, StateArgs, path_parser, remark, runtime, shell};
 use crate::address::Address;
 use crate::build::Builder;
-use crate::castore::{LocalStore, Store};
+use crate::castore::Store;
 use crate::config::{self, Floor, Lifetime, Settings};
 use crate::server::Services;
 use crate::server::listen::Listener;
@@ -29,6 +30,8 @@ pub struct DaemonArgs {
     listen: Vec<Address>,
     #[command(flatten)]
     state: StateArgs,
+    #[command(flatten)]
+    store: StoreChoiceArgs,
     /// Run up to N builds at once [default: one per processor]
     #[arg(long, value_name = "N")]
     max_builds: Option<NonZeroUsize>,
@@ -80,16 +83,18 @@ pub fn run(mut args: DaemonArgs) -> Result<u8, Failed> {
     settings.shell = args.sandbox_shell.map(shell::checked).transpose()?;
     settings.network = network::policy(args.allow_network, "--allow-network")?;
     args.isolation.apply(&mut settings);
+    args.store.apply(&mut settings)?;
     settings.limits = args.limits.settings(Floor::Share);
 
     if args.no_builds {
         let state = StateDir::take(&settings.state_dir, settings.lifetime)?;
-        let store = LocalStore::open(&state.store())?.store();
-        return runtime()?.block_on(serve(&args.listen, store, None));
+        let runtime = runtime()?;
+        let store = state.open_store(&settings, runtime.handle())?;
+        return runtime.block_on(serve(&args.listen, store, None));
     }
     let ground = Groundwork::lay(settings)?;
     let runtime = runtime()?;
-    let worker = ground.build()?;
+    let worker = ground.build(runtime.handle())?;
     runtime.block_on(async {
         // Whatever keeps builds from running is told now, not to the first client.
         worker.builder.rehearse().await?;

@@ -12,6 +12,7 @@ pub mod run;
 pub mod selftest;
 mod shell;
 pub mod store;
+mod store_choice;
 
 use std::ffi::OsStr;
 use std::io::{self, IsTerminal, Write};

@@ -15,6 +15,7 @@ use super::isolation::IsolationArgs;
 use super::limits::LimitArgs;
 use super::network::{self, NetworkChoice};
 use super::render::{End, Format};
+use super::store_choice::StoreChoiceArgs;
 use super::{Failed, Signals, build, cannot, path_parser, remark, runtime, store};
 use crate::build::events::Output;
 use crate::build::request::{Constraints, Draft, InvalidRequest, Network, Request, SandboxPath, Shell};
@@ -78,6 +79,8 @@ pub struct RunArgs {
     /// /var/tmp]
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
+    #[command(flatten)]
+    store: StoreChoiceArgs,
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<OsString>,
@@ -92,6 +95,7 @@ pub struct RunArgs {
 /// Where it is cofferdam that fails, or an argument makes no sense.
 pub fn run(args: RunArgs) -> Result<u8, Failed> {
     super::start_logging("warn")?;
+    let store = args.store.clone();
     let (isolation, wanted) = Wanted::from_args(args)?;
     let (state_dir, lifetime) = match &wanted.state_dir {
         Some(dir) => (dir.clone(), Lifetime::Lasting),
@@ -102,10 +106,11 @@ pub fn run(args: RunArgs) -> Result<u8, Failed> {
     settings.allowed_host_paths = wanted.draft.constraints.ro_paths.clone();
     settings.network = wanted.network.clone();
     isolation.apply(&mut settings);
+    store.apply(&mut settings)?;
     settings.limits = wanted.limits.clone();
     let ground = Groundwork::lay(settings)?;
     let runtime = runtime()?;
-    let worker = ground.build()?;
+    let worker = ground.build(runtime.handle())?;
 
     let (names, out_dir, format) = (wanted.outputs.clone(), wanted.out_dir.clone(), wanted.format);
     let request = wanted.request(&worker.store)?;

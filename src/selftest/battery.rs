@@ -149,7 +149,8 @@ fn set_up(assignment: Assignment) -> Result<(tokio::runtime::Runtime, Theatre), 
     // The worker's parts look for the executor.
     let within = runtime.enter();
     let faults = Arc::new(Faults::default());
-    let worker = ground.build_over(|store| faults.over(store)).map_err(|error| words(&error))?;
+    let worker =
+        ground.build_over(runtime.handle(), |store| faults.over(store)).map_err(|error| words(&error))?;
     drop(within);
     let program = stage::ingest(&worker, &dir.join(COPY)).map_err(|error| words(&error))?;
     let program = match program {

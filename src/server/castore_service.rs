@@ -106,7 +106,13 @@ impl BlobService for Blobs {
         }
         not_cancelled().await;
         writer = write(writer, batch).await?;
-        let stored = blocking(move || writer.finish()).await?;
+        let blobs = Arc::clone(&self.store.blobs);
+        let stored = blocking(move || {
+            let stored = writer.finish()?;
+            blobs.keep(&stored.digest)?;
+            Ok(stored)
+        });
+        let stored = stored.await?;
         Ok(Response::new(wire::PutBlobResponse { digest: stored.digest.as_bytes().to_vec() }))
     }
 }
@@ -371,12 +377,18 @@ fn status(error: &StoreError) -> Status {
     let text = error.to_string();
     match error {
         StoreError::MissingChild { .. } | StoreError::ChildSize { .. } => Status::invalid_argument(text),
-        StoreError::Io { .. } | StoreError::InUse { .. } | StoreError::Remote { .. } => {
-            Status::unavailable(text)
-        }
-        StoreError::Database { .. } | StoreError::Damaged { .. } | StoreError::Invalid(_) => {
-            Status::internal(text)
-        }
+        StoreError::Io { .. }
+        | StoreError::InUse { .. }
+        | StoreError::Remote { .. }
+        | StoreError::Wrong { .. } => Status::unavailable(text),
+        StoreError::TooLarge { .. } => Status::resource_exhausted(text),
+        StoreError::Database { .. }
+        | StoreError::Damaged { .. }
+        | StoreError::Invalid(_)
+        | StoreError::NotAStore { .. }
+        | StoreError::Writable { .. }
+        | StoreError::Abandoned => Status::internal(text),
+        StoreError::Shared(error) => status(error),
     }
 }
 

@@ -216,7 +216,7 @@ impl Castore {
         let blob = match recent {
             Some(blob) => blob,
             None => {
-                let blob = self.shared.store.blobs.open(&digest);
+                let blob = self.shared.store.blobs.open_sized(&digest, file.size);
                 let blob = blob.map_err(|source| Fault::Store { digest, source })?;
                 let blob = blob.ok_or(Fault::MissingBlob { digest })?;
                 self.shared.blobs.insert(digest, Arc::clone(&blob), 1);

@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -25,8 +25,19 @@ impl Daemon {
     /// Starts one and waits until it listens.
     #[track_caller]
     pub fn start(case: &Case, flags: &[&str]) -> Daemon {
-        let (socket, state) = (case.path("socket"), case.path("state"));
-        let mut command = case.cofferdam(["daemon"]);
+        Daemon::start_as(case, "", flags)
+    }
+
+    /// The same for one of several: its socket and its state directory begin with `name`.
+    #[track_caller]
+    pub fn start_as(case: &Case, name: &str, flags: &[&str]) -> Daemon {
+        Daemon::start_by(case.cofferdam(["daemon"]), case, name, flags)
+    }
+
+    /// The same with a command that begins otherwise.
+    #[track_caller]
+    pub fn start_by(mut command: Command, case: &Case, name: &str, flags: &[&str]) -> Daemon {
+        let (socket, state) = (case.path(&format!("{name}socket")), case.path(&format!("{name}state")));
         command.arg("--listen").arg(format!("unix:{}", socket.display())).arg("--state-dir").arg(&state);
         for path in host_tools() {
             command.args(["--allow-host-path", path]);

@@ -40,6 +40,9 @@ pub(super) fn tree(
     };
     // Only now is everything known that the root refers to. Where it is a file, this makes its blob last.
     ingest.store.directories.put(directories)?;
+    if let Node::File { digest, .. } = &node {
+        ingest.store.blobs.keep(digest)?;
+    }
     Ok(node)
 }
 
