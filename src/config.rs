@@ -25,6 +25,8 @@ pub struct Settings {
     pub store: Option<StoreUrl>,
     /// How long a remote store may keep a call waiting.
     pub store_deadline: Duration,
+    /// How much of the store, or of the cache in front of a remote one, may lie on disk; `None`: as much as there is room.
+    pub store_size: Option<Size>,
     /// How many builds run at once.
     pub max_builds: NonZeroUsize,
     /// How many more may wait for their turn.
@@ -132,6 +134,7 @@ impl Settings {
             lifetime,
             store: None,
             store_deadline: Duration::from_secs(STORE_DEADLINE_SECONDS),
+            store_size: None,
             max_builds: std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
             max_waiting: MAX_WAITING,
             allowed_host_paths: Vec::new(),

@@ -19,12 +19,14 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::runtime::Handle;
 
 use crate::build::{Builder, Sandboxes, ScratchError};
-use crate::castore::choose::Choice;
+use crate::castore::choose::{Choice, Opened};
+use crate::castore::local::keeper::Keeper;
 use crate::castore::{Store, StoreError};
 use crate::config::{Lifetime, Settings};
 use crate::inputs::Inputs;
 use crate::inputs::copies::{Copies, CopyError};
 use crate::isolation::{Demand, Ids, Lacking, Layer, Network, Strength};
+use crate::size::Size;
 use crate::view::View;
 
 /// The file by which a state directory is known and locked.
@@ -57,6 +59,7 @@ pub struct Worker {
     pub builder: Builder,
     /// What builds are limited by.
     pub limits: cgroup::Status,
+    _keeper: Option<Keeper>,
     // After the rest: while anything of the worker lives, the state directory and the ids are its own.
     _state: StateDir,
     _claim: Option<IdClaim>,
@@ -204,7 +207,8 @@ impl Groundwork {
         if let Some(slots) = identity.slots().and_then(|slots| NonZeroUsize::new(slots as usize)) {
             settings.max_builds = settings.max_builds.min(slots);
         }
-        let store = over(state.open_store(&settings, runtime)?);
+        let Opened { store, keeper } = state.open_store(&settings, runtime)?;
+        let store = over(store);
         let at = state.view();
         state.subdirectory(&at)?;
         let cpus = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
@@ -226,7 +230,7 @@ impl Groundwork {
         };
         let sandboxes = Sandboxes { identity, strength, spawner, cgroups };
         let builder = Builder::new(settings, sandboxes, store.clone(), inputs, &state.builds())?;
-        Ok(Worker { store, builder, limits, _state: state, _claim: claim })
+        Ok(Worker { store, builder, limits, _keeper: keeper, _state: state, _claim: claim })
     }
 }
 
@@ -341,11 +345,12 @@ impl StateDir {
     ///
     /// # Errors
     /// Where it can't be opened. A remote one need not be there yet.
-    pub fn open_store(&self, settings: &Settings, runtime: &Handle) -> Result<Store, StoreError> {
+    pub fn open_store(&self, settings: &Settings, runtime: &Handle) -> Result<Opened, StoreError> {
         let choice = Choice {
             url: settings.store.as_ref(),
             deadline: settings.store_deadline,
             near: self.store(),
+            max_bytes: settings.store_size.map(|Size(bytes)| bytes),
             lifetime: self.lifetime,
             runtime,
         };

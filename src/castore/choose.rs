@@ -6,10 +6,25 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 
+use super::local::keeper::Keeper;
 use super::remote::{RemoteStore, Retry};
 use super::{LocalStore, Store, StoreError, cache, memory};
 use crate::config::Lifetime;
 use crate::store_url::StoreUrl;
+
+/// A store that was opened.
+pub struct Opened {
+    /// The store.
+    pub store: Store,
+    /// Keeps what of it lies on this machine to a size, where one is chosen, for as long as this lives.
+    pub keeper: Option<Keeper>,
+}
+
+impl From<Store> for Opened {
+    fn from(store: Store) -> Self {
+        Self { store, keeper: None }
+    }
+}
 
 /// Which store, and what it stands on.
 pub struct Choice<'a> {
@@ -19,6 +34,8 @@ pub struct Choice<'a> {
     pub deadline: Duration,
     /// Where the store of this machine lies unless it is elsewhere, and the cache in front of a remote one.
     pub near: PathBuf,
+    /// How many bytes of it may lie on this machine's disk; the store in memory has no such limit.
+    pub max_bytes: Option<u64>,
     /// Whether what lies at `near` outlives the process.
     pub lifetime: Lifetime,
     /// Carries out the calls to a remote store. It needs threads of its own.
@@ -30,17 +47,17 @@ impl Choice<'_> {
     ///
     /// # Errors
     /// Where a local one can't be opened, or another process has it; where there are no certificates for TLS.
-    pub fn open(&self) -> Result<Store, StoreError> {
+    pub fn open(&self) -> Result<Opened, StoreError> {
         match self.url {
             None => self.open_near(),
-            Some(StoreUrl::Memory) => Ok(memory::store()),
+            Some(StoreUrl::Memory) => Ok(memory::store().into()),
             Some(StoreUrl::Local(path)) => {
                 check(path)?;
-                Ok(LocalStore::open(path)?.store())
+                self.keep(LocalStore::open(path)?)
             }
             Some(StoreUrl::Remote(url)) => {
                 tracing::info!(store = %url, cache = %self.near.display(), "the store is elsewhere");
-                let near = self.open_near()?;
+                let Opened { store: near, keeper } = self.open_near()?;
                 let _within = self.runtime.enter();
                 let channel = url.address().connect_lazily(url.security());
                 let channel = channel.map_err(|error| StoreError::Remote {
@@ -51,13 +68,21 @@ impl Choice<'_> {
                 let (runtime, spool) = (self.runtime.clone(), &self.near);
                 let retry = Retry::UntilDeadline;
                 let far = RemoteStore::with_deadline(channel, url, runtime, spool, self.deadline, retry);
-                Ok(cache::over(near, far.store(), url))
+                Ok(Opened { store: cache::over(near, far.store(), url), keeper })
             }
         }
     }
 
-    fn open_near(&self) -> Result<Store, StoreError> {
-        Ok(LocalStore::open_for(&self.near, self.lifetime)?.store())
+    fn open_near(&self) -> Result<Opened, StoreError> {
+        self.keep(LocalStore::open_for(&self.near, self.lifetime)?)
+    }
+
+    fn keep(&self, local: LocalStore) -> Result<Opened, StoreError> {
+        let store = local.store();
+        let keeper = self.max_bytes.map(|max_bytes| Keeper::start(local, max_bytes)).transpose();
+        let keeper =
+            keeper.map_err(|error| StoreError::io("start", "a thread that keeps the store small", error))?;
+        Ok(Opened { store, keeper })
     }
 }
 

@@ -58,6 +58,7 @@ mod directories;
 pub mod gc;
 mod index;
 mod keep;
+pub mod keeper;
 mod packs;
 #[cfg(test)]
 mod tests;
@@ -135,6 +136,8 @@ struct Root {
     unsynced: Unsynced,
     verified: Verified,
     keep: Arc<Keep>,
+    /// Bytes that have come since the keeper, if there is one, looked last.
+    grown: AtomicU64,
     /// The lock goes with this description, when the last user of the store does.
     _lock: File,
 }
@@ -170,6 +173,7 @@ impl Root {
             unsynced: Unsynced::new(lifetime),
             verified: Verified::new(),
             keep: Arc::new(Keep::new()),
+            grown: AtomicU64::new(0),
             _lock: lock,
         })
     }

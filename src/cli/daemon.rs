@@ -16,6 +16,7 @@ use super::{Failed, Signals, StateArgs, path_parser, remark, runtime, shell};
 use crate::address::Address;
 use crate::build::Builder;
 use crate::castore::Store;
+use crate::castore::choose::Opened;
 use crate::config::{self, Floor, Lifetime, Settings};
 use crate::server::Services;
 use crate::server::listen::Listener;
@@ -89,7 +90,7 @@ pub fn run(mut args: DaemonArgs) -> Result<u8, Failed> {
     if args.no_builds {
         let state = StateDir::take(&settings.state_dir, settings.lifetime)?;
         let runtime = runtime()?;
-        let store = state.open_store(&settings, runtime.handle())?;
+        let Opened { store, keeper: _keeper } = state.open_store(&settings, runtime.handle())?;
         return runtime.block_on(serve(&args.listen, store, None));
     }
     let ground = Groundwork::lay(settings)?;

@@ -6,6 +6,7 @@ use clap::Args;
 
 use super::{Failed, cannot};
 use crate::config::{STORE_DEADLINE_SECONDS, Settings};
+use crate::size::Size;
 use crate::store_url::StoreUrl;
 
 /// Options of every subcommand that has a worker of its own.
@@ -19,6 +20,9 @@ pub struct StoreChoiceArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = STORE_DEADLINE_SECONDS,
           value_parser = clap::value_parser!(u64).range(1..=MAX_DEADLINE_SECONDS))]
     store_timeout: u64,
+    /// Once the store on this machine's disk takes more than SIZE, remove from it what was used longest ago: 20G
+    #[arg(long, value_name = "SIZE")]
+    store_size: Option<Size>,
 }
 
 /// A day: more is as good as no deadline.
@@ -26,7 +30,7 @@ const MAX_DEADLINE_SECONDS: u64 = 24 * 60 * 60;
 
 impl StoreChoiceArgs {
     /// The options that make no sense for a build that is done elsewhere.
-    pub const NAMES: [&str; 2] = ["store", "store_timeout"];
+    pub const NAMES: [&str; 3] = ["store", "store_timeout", "store_size"];
 
     /// Puts the choice into the settings.
     ///
@@ -41,6 +45,7 @@ impl StoreChoiceArgs {
             }
             store => store,
         };
+        settings.store_size = self.store_size;
         settings.store_deadline = Duration::from_secs(self.store_timeout);
         Ok(())
     }

@@ -217,6 +217,7 @@ impl BlobWriter for Writer {
         let new = self.root.stored_size(&digest)? != Some(size);
         if new {
             file.keep(&digest)?;
+            self.root.grow(size);
         }
         Ok(Stored { digest, size, new })
     }

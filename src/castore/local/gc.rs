@@ -176,11 +176,16 @@ impl LocalStore {
         self.index.pins()
     }
 
-    /// Removes what `goal` says. Where a collection is under way already it does nothing.
+    /// Removes what `goal` says, in steps, for as long as `progress` says yes to them. Where a collection is under way
+    /// already it does nothing.
     ///
     /// # Errors
     /// Where the store can't be read or written. What was removed until then is gone; nothing else is harmed.
-    pub fn collect(&self, goal: Goal, progress: &mut dyn FnMut(Step)) -> Result<Collected, StoreError> {
+    pub fn collect(
+        &self,
+        goal: Goal,
+        progress: &mut dyn FnMut(Step) -> bool,
+    ) -> Result<Collected, StoreError> {
         self.collect_at(goal, SystemTime::now(), progress)
     }
 
@@ -188,7 +193,7 @@ impl LocalStore {
         &self,
         goal: Goal,
         now: SystemTime,
-        progress: &mut dyn FnMut(Step),
+        progress: &mut dyn FnMut(Step) -> bool,
     ) -> Result<Collected, StoreError> {
         if !self.root.keep.begin() {
             return Ok(Collected { left: self.disk_bytes()?, ..Collected::default() });
@@ -202,14 +207,14 @@ impl LocalStore {
         &self,
         goal: Goal,
         now: SystemTime,
-        progress: &mut dyn FnMut(Step),
+        progress: &mut dyn FnMut(Step) -> bool,
     ) -> Result<Collected, StoreError> {
-        progress(Step::Mark);
+        let go_on = progress(Step::Mark);
         self.packs.flush()?;
         let before = self.disk_bytes()?;
         let over = goal.max_bytes.is_some_and(|max| before > max);
         let mut collected = Collected { left: before, ..Collected::default() };
-        if !over && goal.unused_since.is_none() {
+        if !go_on || !over && goal.unused_since.is_none() {
             return Ok(collected);
         }
         let stock = self.stock()?;
@@ -226,11 +231,14 @@ impl LocalStore {
             self.root.keep.removed();
             let total = (directories.len() + blobs.len()) as u64;
             collected.directories = self.remove_directories(directories)?;
-            progress(Step::Remove(collected.directories, total));
-            self.remove_blobs(&stock, &blobs, &mut |removed| {
-                collected.blobs += removed;
-                progress(Step::Remove(collected.directories + collected.blobs, total));
-            })?;
+            let mut go_on = progress(Step::Remove(collected.directories, total));
+            if go_on {
+                self.remove_blobs(&stock, &blobs, &mut |removed| {
+                    collected.blobs += removed;
+                    go_on = progress(Step::Remove(collected.directories + collected.blobs, total));
+                    go_on
+                })?;
+            }
         }
         self.repack(progress)?;
         collected.left = self.disk_bytes()?;
@@ -370,7 +378,7 @@ impl LocalStore {
         &self,
         stock: &Stock,
         old: &HashSet<Digest>,
-        removed: &mut dyn FnMut(u64),
+        removed: &mut dyn FnMut(u64) -> bool,
     ) -> Result<(), StoreError> {
         let asked = |digest: &Digest, rescued: &HashSet<Object>| {
             rescued.contains(&Object { kind: ObjectKind::Blob, digest: *digest })
@@ -381,7 +389,9 @@ impl LocalStore {
                 // Who asks from now on does not find it.
                 self.root.keep.rescued(|rescued| asked(digest, rescued)).unwrap_or(true)
             })?;
-            removed(gone);
+            if !removed(gone) {
+                return Ok(());
+            }
         }
         let large = stock.large.iter().map(|(digest, ..)| digest);
         let large: Vec<&Digest> = large.filter(|digest| old.contains(digest)).collect();
@@ -393,7 +403,8 @@ impl LocalStore {
                 }
             });
             match unlinked {
-                Some(Ok(())) => removed(1),
+                Some(Ok(())) if !removed(1) => break,
+                Some(Ok(())) => {}
                 None | Some(Err(Errno::EBUSY | Errno::ENOENT)) => {}
                 Some(Err(errno)) => return Err(blobs::refused("remove", digest, errno)),
             }
@@ -402,7 +413,7 @@ impl LocalStore {
     }
 
     /// Empties the packs of which more than half is taken by blobs that were removed.
-    fn repack(&self, progress: &mut dyn FnMut(Step)) -> Result<(), StoreError> {
+    fn repack(&self, progress: &mut dyn FnMut(Step) -> bool) -> Result<(), StoreError> {
         let sizes = self.pack_sizes()?;
         let mut live = self.live()?;
         let sparse: Vec<u32> = sizes
@@ -416,7 +427,9 @@ impl LocalStore {
             live = self.live()?;
         }
         for (done, pack) in sparse.iter().enumerate() {
-            progress(Step::Pack(done as u64, sparse.len() as u64));
+            if !progress(Step::Pack(done as u64, sparse.len() as u64)) {
+                break;
+            }
             let mut blobs = live.remove(pack).unwrap_or_default();
             blobs.sort_unstable_by_key(|(_, place)| place.offset);
             self.empty_pack(*pack, &blobs)?;

@@ -308,6 +308,7 @@ impl Packs {
         }
         let place = Place { pack: last.number, offset: last.end + HEADER_BYTES as u64, len };
         last.end += record.len() as u64;
+        self.root.grow(record.len() as u64);
         let (number, file, end) = (last.number, Arc::clone(&last.file), last.end);
         state.note_unsynced(&file);
         state.ends.insert(number, end);

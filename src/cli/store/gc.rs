@@ -35,10 +35,13 @@ pub fn run(args: &GcArgs, source: Source) -> Result<(), Failed> {
             .map(|unused| SystemTime::now().checked_sub(days(unused)).unwrap_or(SystemTime::UNIX_EPOCH)),
     };
     let mut line = Line::default();
-    let collected = own.local.collect(goal, &mut |step| match step {
-        Step::Mark => line.tell(format_args!("gc: looking for what is used")),
-        Step::Remove(done, total) => line.tell(format_args!("gc: {done} of {total} objects removed")),
-        Step::Pack(done, total) => line.tell(format_args!("gc: {done} of {total} packs emptied")),
+    let collected = own.local.collect(goal, &mut |step| {
+        match step {
+            Step::Mark => line.tell(format_args!("gc: looking for what is used")),
+            Step::Remove(done, total) => line.tell(format_args!("gc: {done} of {total} objects removed")),
+            Step::Pack(done, total) => line.tell(format_args!("gc: {done} of {total} packs emptied")),
+        }
+        true
     })?;
     drop(line);
     remark(format_args!(

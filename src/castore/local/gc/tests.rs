@@ -52,17 +52,17 @@ fn what_was_used_longest_ago_goes_first() {
     let before = local.usage().unwrap();
     assert_eq!((before.large_blobs, before.small_blobs, before.directories), (8, 9, 9));
     let same =
-        local.collect_at(Goal { max_bytes: Some(before.total()), ..Goal::default() }, later(), &mut |_| ());
+        local.collect_at(Goal { max_bytes: Some(before.total()), ..Goal::default() }, later(), &mut |_| true);
     assert_eq!(same.unwrap().freed, 0, "it fits");
     let goal = Goal { max_bytes: Some(500_000), unused_since: None };
-    let collected = local.collect_at(goal, later(), &mut |_| ()).unwrap();
+    let collected = local.collect_at(goal, later(), &mut |_| true).unwrap();
     assert_eq!((collected.blobs, collected.directories), (8, 4));
     assert_eq!(there(&local, &nodes), [false, false, false, false, true, true, true, true]);
     assert_eq!(local.usage().unwrap().large_bytes, 400_000);
     assert_eq!(collected.left, local.disk_bytes().unwrap());
 
     let goal = Goal { max_bytes: None, unused_since: Some(hours(7)) };
-    let collected = local.collect_at(goal, later(), &mut |_| ()).unwrap();
+    let collected = local.collect_at(goal, later(), &mut |_| true).unwrap();
     assert_eq!(collected.directories, 2);
     assert_eq!(there(&local, &nodes)[6..], [true, true]);
     let after = local.usage().unwrap();
@@ -83,19 +83,19 @@ fn pins_leases_and_what_is_young_stay() {
     assert_eq!(local.pins().unwrap().len(), 1);
     let lease = local.store().directories.lease(&nodes[1..2]);
     let young = tree(9).put(&local.store());
-    local.collect_at(all, SystemTime::now(), &mut |_| ()).unwrap();
+    local.collect_at(all, SystemTime::now(), &mut |_| true).unwrap();
     assert_eq!(there(&local, &[young]), [true]);
-    local.collect_at(all, later(), &mut |_| ()).unwrap();
+    local.collect_at(all, later(), &mut |_| true).unwrap();
     assert_eq!(there(&local, &nodes), [true, true, false, false]);
     assert!(local.unpin(root(&nodes[0])).unwrap());
     assert!(!local.unpin(root(&nodes[0])).unwrap());
-    local.collect_at(all, later(), &mut |_| ()).unwrap();
+    local.collect_at(all, later(), &mut |_| true).unwrap();
     assert_eq!(there(&local, &nodes), [false, true, false, false]);
     drop(lease);
     // Its end is a use.
-    local.collect_at(all, SystemTime::now(), &mut |_| ()).unwrap();
+    local.collect_at(all, SystemTime::now(), &mut |_| true).unwrap();
     assert_eq!(there(&local, &nodes), [false, true, false, false]);
-    local.collect_at(all, later(), &mut |_| ()).unwrap();
+    local.collect_at(all, later(), &mut |_| true).unwrap();
     let usage = local.usage().unwrap();
     assert_eq!((usage.large_blobs, usage.small_blobs, usage.directories, usage.pack_bytes), (0, 0, 0, 0));
 }
@@ -116,6 +116,7 @@ fn what_is_asked_for_meanwhile_stays() {
                 store.directories.get(&root(&nodes[0]).digest).unwrap();
                 tree(2).put(&store);
             }
+            true
         })
         .unwrap();
     assert_eq!(there(&local, &nodes), [true, true, false, false, false]);
@@ -166,7 +167,7 @@ fn collections_beside_uploads_leave_no_holes() {
             });
         }
         while done.load(Ordering::Relaxed) < 3 {
-            local.collect_at(all, later(), &mut |_| ()).unwrap();
+            local.collect_at(all, later(), &mut |_| true).unwrap();
             collections.fetch_add(1, Ordering::Relaxed);
         }
     });
