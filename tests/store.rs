@@ -32,6 +32,7 @@ fn main() -> ExitCode {
         damage_is_found_and_removed,
         kept_to_a_size,
         what_a_daemon_has_is_its_own,
+        a_daemon_keeps_its_store_to_a_size,
     ]);
     trials.extend(support::in_every_mode(named![
         there_and_back,
@@ -122,6 +123,26 @@ fn kept_to_a_size(case: &Case) {
     store(case, &["unpin", TREE], &place).code(0);
     store(case, &["unpin", TREE], &place).code(125).complains("is not pinned");
     store(case, &["verify"], &place).code(0);
+}
+
+fn a_daemon_keeps_its_store_to_a_size(case: &Case) {
+    let old = |blob: &str| {
+        let file = case.path(&format!("state/store/blobs/{}/{blob}", &blob[..2]));
+        let long_ago = std::time::SystemTime::now() - std::time::Duration::from_secs(100_000);
+        std::fs::File::open(file).unwrap().set_modified(long_ago).unwrap();
+    };
+    let add = |name: &str| {
+        case.write(name, name.repeat(100_000));
+        store(case, &["add", name], &["--state-dir", "state"]).code(0).out().trim().to_owned()
+    };
+    let (gone, kept) = (add("gone"), add("kept"));
+    old(&gone);
+    let daemon = Daemon::start(case, &["--no-builds", "--store-size", "500K"]);
+    support::leftovers::until("the old blob's end", || {
+        let there = store(case, &["cat", &gone], &["--to", &daemon.address()]);
+        !there.status.success()
+    });
+    store(case, &["cat", &kept], &["--to", &daemon.address()]).code(0);
 }
 
 fn what_a_daemon_has_is_its_own(case: &Case) {
