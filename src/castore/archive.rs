@@ -2,7 +2,7 @@
 //!
 //! This is for the command line alone: no daemon parses archives.
 //!
-//! What [`write`] makes depends on the tree and on nothing else. What [`Unpack`] takes may come from anyone: it touches
+//! What [`write()`] makes depends on the tree and on nothing else. What [`Unpack`] takes may come from anyone: it touches
 //! no file, and whatever it can't express, or would have to guess, it refuses with the entry named.
 
 mod read;

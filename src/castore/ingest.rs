@@ -8,11 +8,11 @@
 //! Every byte is read once: it is scanned, hashed and stored on the way.
 //!
 //! # Who does what
-//! * One [`walk`] lists the directories, in the order of names.
-//! * Files are [`read`](read) by a few threads, which take them from a bounded [`queue`]. They are started only
+//! * One `walk` lists the directories, in the order of names.
+//! * Files are `read` by a few threads, which take them from a bounded `queue`. They are started only
 //!   once there is enough for them to do; before, and where there is one processor, the walk reads files itself.
 //! * Whoever has the last entry of a directory completes it, and the one above if that was the last one there
-//!   ([`directories`]).
+//!   (`directories`).
 //!
 //! The walk holds a descriptor for each directory on the way to where it stands, up to [`MAX_DEPTH`], and each file
 //! in the queue one of the directory that it lies in.

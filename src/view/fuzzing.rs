@@ -44,7 +44,7 @@ impl<'a> Choices<'a> {
         match self.byte() % 4 {
             0 => Node::Directory { digest, size: u64::from(self.byte()) },
             1 => Node::File { digest, size: self.number(), executable: false },
-            2 => Node::File { digest, size: 0, executable: self.byte().is_multiple_of(2) },
+            2 => Node::File { digest, size: 0, executable: self.byte() > 127 },
             _ => Node::Symlink { target: Target::new(vec![1 + self.byte() % 4]).expect("a target") },
         }
     }

@@ -53,7 +53,7 @@ impl fmt::Display for FileKind {
     }
 }
 
-/// Why a tree was not taken in. Paths begin with [`Ingest::label`], which is the root, and are escaped.
+/// Why a tree was not taken in. Paths begin with [`Ingest::label`](super::Ingest::label), which is the root, and are escaped.
 #[derive(Debug, thiserror::Error)]
 pub enum IngestError {
     /// The tree is at fault.

@@ -120,7 +120,7 @@ mod tests {
     fn a_line() {
         let totals = Totals { files: 3, bytes: 5000, new_files: 1, new_bytes: 5000 };
         let line = |totals, knows_new| Summary { totals, knows_new }.to_string();
-        assert_eq!(line(totals, true), "3 files, 4.9 KiB; new: 1, 4.9 KiB; known: 2, 0 bytes");
-        assert_eq!(line(Totals { files: 1, ..totals }, false), "1 file, 4.9 KiB");
+        assert_eq!(line(totals, true), "3 files, 4.8 KiB; new: 1, 4.8 KiB; known: 2, 0 bytes");
+        assert_eq!(line(Totals { files: 1, ..totals }, false), "1 file, 4.8 KiB");
     }
 }
