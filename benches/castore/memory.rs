@@ -22,7 +22,8 @@ pub fn part(dir: &Path, _: &super::Wanted) -> String {
     std::fs::create_dir_all(&at).unwrap();
     let store = LocalStore::open(&dir.join("store")).unwrap().store();
     let tree = tree(&store);
-    let view = View::mount(store, &at, Owner { uid: 0, gid: 0 }, NonZeroUsize::new(4).unwrap()).unwrap();
+    let (threads, timeout) = (NonZeroUsize::new(4).unwrap(), Duration::from_secs(60));
+    let view = View::mount(store, &at, Owner { uid: 0, gid: 0 }, threads, timeout).unwrap();
     let exposed = view.expose("build", [(Name::new("tree").unwrap(), tree)].into()).unwrap();
     cofferdam_sandbox::measure::trim_own_memory();
     let start = resident();
@@ -41,7 +42,9 @@ pub fn part(dir: &Path, _: &super::Wanted) -> String {
     };
     drop(view);
     std::fs::remove_dir_all(&dir).unwrap();
-    let mut text = "## Memory after a million inodes\n\n| anonymous memory of the process | MiB |\n|---|---:|\n".to_owned();
+    let mut text =
+        "## Memory after a million inodes\n\n| anonymous memory of the process | MiB |\n|---|---:|\n"
+            .to_owned();
     for (what, bytes) in [
         ("before", start),
         ("after a walk over 500 000 files and as many directories", walked),

@@ -23,7 +23,8 @@ const OWNER: Owner = Owner { uid: 0, gid: 0 };
 const THREADS: usize = 4;
 
 /// What stands for b3sum, in the words of the record.
-pub const SUMMER: &str = "this benchmark: BLAKE3 of stdin in pieces of 64 KiB, in one thread, as b3sum does with a pipe";
+pub const SUMMER: &str =
+    "this benchmark: BLAKE3 of stdin in pieces of 64 KiB, in one thread, as b3sum does with a pipe";
 
 /// Moves into a mount namespace of its own.
 pub fn own_mounts() {
@@ -61,7 +62,8 @@ impl World {
         drop(self.shown.take());
         let store = LocalStore::open(&self.dir.join("store")).unwrap().store();
         let threads = NonZeroUsize::new(THREADS).unwrap();
-        let view = View::mount(store, &self.dir.join("view"), OWNER, threads).unwrap();
+        let view =
+            View::mount(store, &self.dir.join("view"), OWNER, threads, Duration::from_secs(60)).unwrap();
         let inputs = [(Name::new("tree").unwrap(), self.tree.clone())].into();
         let exposed = view.expose("build", inputs).unwrap();
         let overlay = overlay(&self.dir, exposed.path());

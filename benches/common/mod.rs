@@ -51,8 +51,7 @@ pub fn compare(name: &str, title: &str, contenders: &mut [Contender]) {
     let bwrap = said("bwrap", &["--version"]);
     let Rounds { warm_up, measured } = ROUNDS;
     let runs = format!("{measured} runs each after {warm_up} to warm up, interleaved; milliseconds.");
-    let report =
-        format!("{}{runs}\n{bwrap}.\n\n{}", heading(title), table("median, of ours", contenders));
+    let report = format!("{}{runs}\n{bwrap}.\n\n{}", heading(title), table("median, of ours", contenders));
     println!("{report}");
     record(name, &report);
 }

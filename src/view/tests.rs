@@ -12,7 +12,7 @@ use nix::sched::{CloneFlags, unshare};
 
 use super::*;
 use crate::castore::memory;
-use crate::castore::{BlobService, BlobStat, BlobWriter, Directory, DirectoryService, Stored, Target};
+use crate::castore::{Blob, BlobService, BlobStat, BlobWriter, Directory, DirectoryService, Stored, Target};
 
 const OWNER: Owner = Owner { uid: 1234, gid: 4321 };
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -38,7 +38,7 @@ fn with_view_keeping(kept_files: usize, store: Store, test: impl FnOnce(&View) +
             nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
             let at = tempfile::tempdir().unwrap();
             let threads = NonZeroUsize::new(3).unwrap();
-            let view = View::mount_keeping(store, at.path(), OWNER, threads, kept_files).unwrap();
+            let view = View::mount_keeping(store, at.path(), OWNER, threads, PATIENCE, kept_files).unwrap();
             test(&view);
             drop(view);
             assert_eq!(fs::read_dir(at.path()).unwrap().count(), 0, "still mounted");
