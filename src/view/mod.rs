@@ -152,8 +152,7 @@ impl View {
 
     /// Gives back memory that only saves work: of directories and blobs that are read again, it remembers them again.
     pub fn trim(&self) {
-        self.shared.listings.clear();
-        self.shared.blobs.clear();
+        self.shared.trim();
     }
 
     /// How many inodes the view keeps for the kernel, the root's not counted.
@@ -232,6 +231,12 @@ struct Shared {
 }
 
 impl Shared {
+    fn trim(&self) {
+        self.listings.clear();
+        self.blobs.clear();
+        lock(&self.inodes).shrink();
+    }
+
     fn exposed(&self) -> Vec<u64> {
         lock(&self.builds).keys().copied().collect()
     }
