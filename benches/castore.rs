@@ -34,8 +34,11 @@ const SOME: Rounds = Rounds { warm_up: 2, measured: 15 };
 /// What takes seconds, or needs the caches to be dropped before.
 const FEW: Rounds = Rounds { warm_up: 1, measured: 5 };
 
-/// The parts and, of some, the parts of those.
-const PARTS: [(&[&str], fn(&Path, &Wanted) -> String); 5] = [
+/// Measures, in a directory of its own, as much as is wanted.
+type Part = fn(&Path, &Wanted) -> String;
+
+/// The parts by their names, or those of what they consist of.
+const PARTS: [(&[&str], Part); 5] = [
     (&["memory"], memory::part),
     (&["read-warm", "read-cold", "walk-warm", "walk-cold"], tree),
     (&["large-warm", "large-cold"], large),

@@ -127,8 +127,15 @@ pub fn overlay(dir: &Path, lower: &Path) -> Overlay {
 /// Takes a tree into a store.
 pub fn take_in(store: &Store, tree: &Path) -> Node {
     let cancel = AtomicBool::new(false);
-    let ingest =
-        Ingest { store, scanner: None, skip: &[], label: "the tree", allowance: None, cancel: &cancel };
+    let ingest = Ingest {
+        store,
+        scanner: None,
+        skip: &[],
+        label: "the tree",
+        allowance: None,
+        tally: None,
+        cancel: &cancel,
+    };
     ingest.path(tree).unwrap()
 }
 

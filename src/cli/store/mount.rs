@@ -125,7 +125,8 @@ impl Mounted {
         // Whoever runs this: root, be it of the host or of a namespace.
         let owner = Owner { uid: 0, gid: 0 };
         let timeout = Duration::from_secs(STORE_DEADLINE_SECONDS);
-        let view = View::mount(store.clone(), dir, owner, threads, timeout).map_err(|error| failed(&error))?;
+        let view =
+            View::mount(store.clone(), dir, owner, threads, timeout).map_err(|error| failed(&error))?;
         let exposed = view.expose(TREE, entries).map_err(|error| failed(&error))?;
         let none: Option<&str> = None;
         mount(Some(exposed.path()), dir, none, MsFlags::MS_BIND, none).map_err(|errno| failed(&errno))?;
