@@ -41,6 +41,9 @@ const STOCK_MAX: usize = 64;
 /// How many requests to the view are answered at a time, for each processor.
 const VIEW_THREADS_PER_CPU: usize = 2;
 
+/// A build waits for so much longer than the store may take for one call: the store's own reason is the better one.
+const BEYOND_STORE_DEADLINE: Duration = Duration::from_secs(5);
+
 /// What a worker stands on, made before the program has threads.
 pub struct Groundwork {
     settings: Settings,
@@ -213,7 +216,8 @@ impl Groundwork {
         state.subdirectory(&at)?;
         let cpus = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
         let threads = cpus.saturating_mul(NonZeroUsize::new(VIEW_THREADS_PER_CPU).unwrap_or(cpus));
-        let view = || View::mount(store.clone(), &at, identity.inputs_owner(), threads);
+        let timeout = settings.store_deadline.saturating_add(BEYOND_STORE_DEADLINE);
+        let view = || View::mount(store.clone(), &at, identity.inputs_owner(), threads, timeout);
         // Opened whether they are used or not: the last worker may have used them, and left some in a crash.
         let copies = Copies::open(store.clone(), &state.copies(), identity.copies_owner())?;
         let inputs = Inputs::choose(settings.isolation.inputs, view, copies)?;

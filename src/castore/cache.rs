@@ -114,6 +114,10 @@ impl BlobService for Cache {
         self.0.blob(digest, Some(size))
     }
 
+    fn is_near(&self, digest: &Digest) -> bool {
+        self.0.near.blobs.stat(digest).is_ok_and(|stat| stat.is_some())
+    }
+
     fn keep(&self, digest: &Digest) -> Result<(), StoreError> {
         self.0.near.blobs.keep(digest)?;
         self.0.send_blobs(vec![*digest])
@@ -141,6 +145,10 @@ impl DirectoryService for Cache {
         }
         self.0.near.directories.put(directories.clone())?;
         self.0.send(directories)
+    }
+
+    fn is_near(&self, digest: &Digest) -> bool {
+        self.0.near_directory(digest).is_ok_and(|directory| directory.is_some())
     }
 
     fn prepare(&self, roots: &[Node]) -> Result<(), StoreError> {

@@ -46,6 +46,10 @@ impl Blob for FileBlob {
         Ok(())
     }
 
+    fn is_near(&self) -> bool {
+        true
+    }
+
     fn as_file(&self) -> Option<&File> {
         Some(&self.file)
     }

@@ -34,6 +34,10 @@ impl BlobService for MemoryStore {
         Ok(bytes.map(|bytes| Arc::new(MemoryBlob(bytes)) as Arc<dyn Blob>))
     }
 
+    fn is_near(&self, _digest: &Digest) -> bool {
+        true
+    }
+
     fn create(&self) -> Result<Box<dyn BlobWriter>, StoreError> {
         Ok(Box::new(MemoryWriter { blobs: Arc::clone(&self.blobs), bytes: Vec::new() }))
     }
@@ -42,6 +46,10 @@ impl BlobService for MemoryStore {
 impl DirectoryService for MemoryStore {
     fn get(&self, digest: &Digest) -> Result<Option<Arc<Directory>>, StoreError> {
         Ok(lock(&self.directories).get(digest).cloned())
+    }
+
+    fn is_near(&self, _digest: &Digest) -> bool {
+        true
     }
 
     fn put(&self, directories: Vec<Directory>) -> Result<(), StoreError> {
@@ -71,6 +79,10 @@ impl Blob for MemoryBlob {
 
     fn verify(&self) -> Result<(), StoreError> {
         Ok(())
+    }
+
+    fn is_near(&self) -> bool {
+        true
     }
 }
 

@@ -76,6 +76,12 @@ pub trait BlobService: Send + Sync {
         Ok(())
     }
 
+    /// Whether a blob can be opened and read, or found missing, as fast as a disk of this machine allows: then whoever
+    /// serves others, too, may wait for that on the spot. What asks another machine must say no.
+    fn is_near(&self, _digest: &Digest) -> bool {
+        false
+    }
+
     /// Begins a new blob. It comes into being, whole, with [`BlobWriter::finish`]; a writer that is
     /// dropped before leaves nothing.
     ///
@@ -108,6 +114,11 @@ pub trait Blob: Send + Sync {
     /// # Errors
     /// [`StoreError::Damaged`] where they are not; others where they can't be read.
     fn verify(&self) -> Result<(), StoreError>;
+
+    /// Whether all of it can be read as fast as a disk of this machine allows.
+    fn is_near(&self) -> bool {
+        false
+    }
 
     /// The file that is all of the blob, where there is one: copies of it may then share its blocks.
     fn as_file(&self) -> Option<&File> {
@@ -142,6 +153,12 @@ pub trait DirectoryService: Send + Sync {
     /// # Errors
     /// Where the store can't tell, or holds something else under this digest.
     fn get(&self, digest: &Digest) -> Result<Option<Arc<Directory>>, StoreError>;
+
+    /// Whether a directory can be had, or found missing, as fast as a disk of this machine allows. What asks another
+    /// machine must say no.
+    fn is_near(&self, _digest: &Digest) -> bool {
+        false
+    }
 
     /// Stores directories, children before parents, all of them or none.
     ///

@@ -1,5 +1,8 @@
 //! Answers to the kernel's requests.
 //!
+//! What is at hand is answered by the thread that took the request. What may take long is left to [`Far`], whose
+//! threads answer it when they have it: nothing here waits for a store that is not near.
+//!
 //! Nothing here may notify the kernel, or wait for a thread that does: the kernel may hold the notice up
 //! until the request is answered.
 
@@ -16,9 +19,11 @@ use fuser::{
     ReplyEntry, ReplyLock, ReplyOpen, ReplyStatfs, ReplyXattr, Request,
 };
 
-use super::inodes::{Entries, FileId, Inode, KEPT, KEPT_NAME, Listing, ROOT};
+use super::ahead::Ahead;
+use super::far::{Far, Given, Wish};
+use super::inodes::{Entries, FileId, Inode, KEPT, KEPT_NAME, Listing, Place, ROOT, Reading};
 use super::{Fault, Shared};
-use crate::castore::{Blob, Digest, Name, Node, look};
+use crate::castore::{Name, Node, look};
 use crate::lock::lock;
 
 /// How long the kernel may believe an answer: for ever, as far as it can count.
@@ -27,8 +32,9 @@ const FOREVER: Duration = Duration::from_secs(u32::MAX as u64);
 /// Numbers are never used again, so there is one generation of each.
 const GENERATION: Generation = Generation(0);
 
-/// Requests that the kernel makes ahead of need, at most at a time.
-const MAX_BACKGROUND: u16 = 64;
+/// Reads from the page cache that the kernel has under way, at most at a time. Those beyond wait in the kernel, and
+/// everybody's behind them: so more than a stalled store can keep waiting in all likelihood.
+const MAX_BACKGROUND: u16 = 4096;
 
 /// Largest read in bytes; the kernel derives it from what it may write.
 const MAX_REQUEST: u32 = 1 << 20;
@@ -42,6 +48,8 @@ pub(super) const AFTER_DOTS: u64 = 2;
 /// The file system.
 pub struct Castore {
     shared: Arc<Shared>,
+    far: Far,
+    ahead: Ahead,
 }
 
 /// What the attributes of a node depend on.
@@ -96,10 +104,61 @@ impl Shape {
 }
 
 impl Castore {
-    pub fn new(shared: Arc<Shared>) -> Self {
-        Self { shared }
+    /// The file system that shows what `shared` holds.
+    pub fn new(shared: Arc<Shared>, far: Far, ahead: Ahead) -> Self {
+        Self { shared, far, ahead }
     }
 
+    /// Has `answer` told of the entries of a directory other than the root: now, if they are at hand.
+    fn with_listing(
+        &self,
+        number: u64,
+        answer: impl FnOnce(&Shared, Result<Arc<Listing>, Errno>) + Send + 'static,
+    ) {
+        let (place, digest) = match self.shared.inode(number) {
+            Ok(Inode::Directory(_, Entries::Known(listing))) => return answer(&self.shared, Ok(listing)),
+            Ok(Inode::Directory(place, Entries::Stored(digest))) => (place, digest),
+            Ok(Inode::Kept) => return answer(&self.shared, Ok(Arc::default())),
+            Ok(_) => return answer(&self.shared, Err(Errno::ENOTDIR)),
+            Err(errno) => return answer(&self.shared, Err(errno)),
+        };
+        if let Some(found) = self.shared.listing_at_hand(&digest) {
+            return answer(&self.shared, self.shared.learn(number, place, found));
+        }
+        let shared = Arc::clone(&self.shared);
+        self.far.ask(Wish::Listing(digest), move |given| {
+            let found = given.and_then(|given| match given {
+                Given::Listing(listing) => Ok(listing),
+                Given::Bytes(_) => Err(Fault::MissingDirectory { digest }),
+            });
+            answer(&shared, shared.learn(number, place, found));
+        });
+    }
+}
+
+impl Castore {
+    /// Answers a read of a file that is at hand.
+    fn read_now(&self, file: FileId, offset: u64, size: usize, reply: ReplyData) {
+        thread_local! {
+            static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+        }
+        BUFFER.with_borrow_mut(|buffer| {
+            if buffer.len() < size {
+                buffer.resize(size, 0);
+            }
+            let Some(buffer) = buffer.get_mut(..size) else { return reply.error(Errno::EIO) };
+            match self.shared.read(file, offset, buffer) {
+                Ok(filled) => reply.data(buffer.get(..filled).unwrap_or_default()),
+                Err(fault) => {
+                    self.shared.fault_of_file(&file.digest, fault);
+                    reply.error(Errno::EIO);
+                }
+            }
+        });
+    }
+}
+
+impl Shared {
     fn attributes(&self, number: u64, shape: Shape) -> FileAttr {
         let (size, perm) = match shape {
             Shape::Directory => (0, look::INPUT_DIRECTORY_MODE),
@@ -120,8 +179,8 @@ impl Castore {
             // Of a directory, 1 says that its subdirectories are not counted. 2 would say that there are
             // none, and programs that trust it would not descend.
             nlink: 1,
-            uid: self.shared.owner.uid,
-            gid: self.shared.owner.gid,
+            uid: self.owner.uid,
+            gid: self.owner.gid,
             rdev: 0,
             blksize: 4096,
             flags: 0,
@@ -129,15 +188,14 @@ impl Castore {
     }
 
     fn inode(&self, number: u64) -> Result<Inode, Errno> {
-        lock(&self.shared.inodes).get(number).ok_or(Errno::ESTALE)
+        lock(&self.inodes).get(number).ok_or(Errno::ESTALE)
     }
 
     /// Grants a lookup; `None` where there is no such entry.
-    fn enter(&self, parent: u64, name: &[u8]) -> Result<Option<FileAttr>, Errno> {
-        let listing = self.listing(parent)?;
+    fn enter(&self, parent: u64, listing: &Listing, name: &[u8]) -> Result<Option<FileAttr>, Errno> {
         let Some(position) = listing.find(name) else { return Ok(None) };
         let Some((_, node)) = listing.get(position) else { return Ok(None) };
-        let number = lock(&self.shared.inodes).enter(parent, position, node).ok_or(Errno::ESTALE)?;
+        let number = lock(&self.inodes).enter(parent, position, node).ok_or(Errno::ESTALE)?;
         Ok(Some(self.attributes(number, node.into())))
     }
 
@@ -145,7 +203,7 @@ impl Castore {
     fn enter_root(&self, name: &OsStr) -> Option<FileAttr> {
         let number = match name {
             name if name == KEPT_NAME => KEPT,
-            name => lock(&self.shared.inodes).enter_build(name.as_bytes())?,
+            name => lock(&self.inodes).enter_build(name.as_bytes())?,
         };
         Some(self.attributes(number, Shape::Directory))
     }
@@ -153,107 +211,33 @@ impl Castore {
     /// Grants a lookup of a file that is to be kept.
     fn enter_kept(&self, name: &OsStr) -> Option<FileAttr> {
         let number = name.to_str()?.parse().ok()?;
-        let file = lock(&self.shared.inodes).keep(number)?;
+        let file = lock(&self.inodes).keep(number)?;
         Some(self.attributes(number, file.into()))
     }
 
-    /// The entries of a directory other than the root.
-    fn listing(&self, number: u64) -> Result<Arc<Listing>, Errno> {
-        let (place, digest) = match self.inode(number)? {
-            Inode::Directory(_, Entries::Known(listing)) => return Ok(listing),
-            Inode::Directory(place, Entries::Stored(digest)) => (place, digest),
-            Inode::Kept => return Ok(Arc::default()),
-            _ => return Err(Errno::ENOTDIR),
-        };
-        let recent = self.shared.listings.get(&digest);
-        let listing = match recent {
-            Some(listing) => listing,
-            None => self.load(&digest).map_err(|fault| {
-                self.shared.fault(&[place.build], fault);
-                Errno::EIO
-            })?,
-        };
-        lock(&self.shared.inodes).fill(number, Arc::clone(&listing));
-        Ok(listing)
-    }
-
-    fn load(&self, digest: &Digest) -> Result<Arc<Listing>, Fault> {
-        let digest = *digest;
-        let directory = self.shared.store.directories.get(&digest);
-        let directory = directory.map_err(|source| Fault::Store { digest, source })?;
-        let directory = directory.ok_or(Fault::MissingDirectory { digest })?;
-        let listing = Arc::new(Listing::from(&*directory));
-        self.shared.listings.insert(digest, Arc::clone(&listing), 1 + listing.len());
-        Ok(listing)
-    }
-
-    /// Reads from a file into `buffer` and yields how much of it was filled: all of it, unless the file
-    /// ends before.
-    fn read_file(&self, file: FileId, offset: u64, buffer: &mut [u8]) -> Result<usize, Fault> {
-        let digest = file.digest;
-        let blob = self.blob(file)?;
-        let rest = usize::try_from(file.size.saturating_sub(offset)).unwrap_or(usize::MAX);
-        let wanted = rest.min(buffer.len());
-        let mut filled = 0;
-        while let Some(space) = buffer.get_mut(filled..wanted).filter(|space| !space.is_empty()) {
-            let at = offset.saturating_add(filled as u64);
-            match blob.read_at(space, at) {
-                // The kernel would fill up with zeros.
-                Ok(0) => return Err(Fault::EndsEarly { digest, size: file.size, offset: at }),
-                Ok(read) => filled = wanted.min(filled.saturating_add(read)),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(source) => return Err(Fault::Read { digest, offset: at, source }),
+    /// Notes the entries that were found for the directory `number`, or records that they could not be.
+    fn learn(
+        &self,
+        number: u64,
+        place: Place,
+        found: Result<Arc<Listing>, Fault>,
+    ) -> Result<Arc<Listing>, Errno> {
+        match found {
+            Ok(listing) => {
+                lock(&self.inodes).fill(number, Arc::clone(&listing));
+                Ok(listing)
+            }
+            Err(fault) => {
+                self.fault(&[place.build], fault);
+                Err(Errno::EIO)
             }
         }
-        Ok(filled)
-    }
-
-    /// Opens the blob of a file, which must have the length that the file is said to have, and the bytes that its digest
-    /// names.
-    fn blob(&self, file: FileId) -> Result<Arc<dyn Blob>, Fault> {
-        let digest = file.digest;
-        let recent = self.shared.blobs.get(&digest);
-        let blob = match recent {
-            Some(blob) => blob,
-            None => {
-                let blob = self.shared.store.blobs.open_sized(&digest, file.size);
-                let blob = blob.map_err(|source| Fault::Store { digest, source })?;
-                let blob = blob.ok_or(Fault::MissingBlob { digest })?;
-                self.shared.blobs.insert(digest, Arc::clone(&blob), 1);
-                blob
-            }
-        };
-        let actual = blob.size();
-        if actual != file.size {
-            // It may be put right: then another file is to be opened.
-            self.shared.blobs.remove(&digest);
-            return Err(Fault::Size { digest, stated: file.size, actual });
-        }
-        match blob.verify() {
-            Ok(()) => Ok(blob),
-            Err(source) => {
-                self.shared.blobs.remove(&digest);
-                Err(Fault::Store { digest, source })
-            }
-        }
-    }
-
-    /// Records that a file can't be read, for all builds that have seen one of these contents.
-    fn fault_of_file(&self, digest: &Digest, fault: Fault) {
-        let listings = lock(&self.shared.inodes).known_listings();
-        let mut concerned = Vec::new();
-        for (build, listing) in listings {
-            if !concerned.contains(&build) && listing.has_file(digest) {
-                concerned.push(build);
-            }
-        }
-        self.shared.fault(&concerned, fault);
     }
 
     /// Gives `.` and `..` from `offset` on to `add`, which takes (number, next offset, name) and says
     /// whether the reply is full, as this does.
     fn dots(&self, number: u64, offset: u64, mut add: impl FnMut(u64, u64, &str) -> bool) -> bool {
-        let parent = match lock(&self.shared.inodes).get(number) {
+        let parent = match lock(&self.inodes).get(number) {
             Some(Inode::Directory(place, _)) => place.parent,
             _ => ROOT,
         };
@@ -264,7 +248,7 @@ impl Castore {
     /// entry that `add` had room for is one lookup granted, if `grant` says so.
     fn list_root(&self, offset: u64, grant: Grant, mut add: impl FnMut(u64, &Name) -> bool) {
         let mut after = offset.max(AFTER_DOTS);
-        let mut inodes = lock(&self.shared.inodes);
+        let mut inodes = lock(&self.inodes);
         while let Some((number, name)) = inodes.next_build(after) {
             let name = name.clone();
             if add(number, &name) {
@@ -288,6 +272,13 @@ pub(super) fn from_offset(
         let (name, node) = listing.get(position)?;
         Some((position, AFTER_DOTS + 1 + position as u64, name, node))
     })
+}
+
+fn answer_entry(reply: ReplyEntry, found: Result<FileAttr, Errno>) {
+    match found {
+        Ok(attributes) => reply.entry(&FOREVER, &attributes, GENERATION),
+        Err(errno) => reply.error(errno),
+    }
 }
 
 impl Filesystem for Castore {
@@ -317,17 +308,19 @@ impl Filesystem for Castore {
     fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let found = match parent.0 {
             // What isn't there may come: such an answer must not be kept.
-            ROOT => self.enter_root(name).ok_or(Errno::ENOENT),
-            KEPT => self.enter_kept(name).ok_or(Errno::ENOENT),
-            // Number 0: there is nothing, and that may be kept.
-            parent => self
-                .enter(parent, name.as_bytes())
-                .map(|found| found.unwrap_or_else(|| self.attributes(0, Shape::Directory))),
+            ROOT => self.shared.enter_root(name).ok_or(Errno::ENOENT),
+            KEPT => self.shared.enter_kept(name).ok_or(Errno::ENOENT),
+            parent => {
+                let name = name.to_owned();
+                return self.with_listing(parent, move |shared, listing| {
+                    let found = listing.and_then(|listing| shared.enter(parent, &listing, name.as_bytes()));
+                    // Number 0: there is nothing, and that may be kept.
+                    let nothing = || shared.attributes(0, Shape::Directory);
+                    answer_entry(reply, found.map(|found| found.unwrap_or_else(nothing)));
+                });
+            }
         };
-        match found {
-            Ok(attributes) => reply.entry(&FOREVER, &attributes, GENERATION),
-            Err(errno) => reply.error(errno),
-        }
+        answer_entry(reply, found);
     }
 
     fn forget(&self, _request: &Request, number: INodeNo, lookups: u64) {
@@ -335,14 +328,14 @@ impl Filesystem for Castore {
     }
 
     fn getattr(&self, _request: &Request, number: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        match self.inode(number.0) {
-            Ok(inode) => reply.attr(&FOREVER, &self.attributes(number.0, Shape::from(&inode))),
+        match self.shared.inode(number.0) {
+            Ok(inode) => reply.attr(&FOREVER, &self.shared.attributes(number.0, Shape::from(&inode))),
             Err(errno) => reply.error(errno),
         }
     }
 
     fn readlink(&self, _request: &Request, number: INodeNo, reply: ReplyData) {
-        match self.inode(number.0) {
+        match self.shared.inode(number.0) {
             Ok(Inode::Symlink(target)) => reply.data(target.as_bytes()),
             Ok(_) => reply.error(Errno::EINVAL),
             Err(errno) => reply.error(errno),
@@ -351,7 +344,7 @@ impl Filesystem for Castore {
 
     fn read(
         &self,
-        _request: &Request,
+        request: &Request,
         number: INodeNo,
         _: FileHandle,
         offset: u64,
@@ -360,23 +353,24 @@ impl Filesystem for Castore {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        thread_local! {
-            static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+        let reading = lock(&self.shared.inodes).read(number.0);
+        let Some(Reading { file, seen }) = reading else { return reply.error(Errno::ESTALE) };
+        let size = size.min(MAX_REQUEST) as usize;
+        if offset == 0
+            && let Some((directory, listing, position)) = seen
+        {
+            self.ahead.notice(request.pid(), directory, position, &listing);
         }
-        let file = lock(&self.shared.inodes).read(number.0);
-        let Some(file) = file else { return reply.error(Errno::ESTALE) };
-        BUFFER.with_borrow_mut(|buffer| {
-            let size = size.min(MAX_REQUEST) as usize;
-            if buffer.len() < size {
-                buffer.resize(size, 0);
-            }
-            let Some(buffer) = buffer.get_mut(..size) else { return reply.error(Errno::EIO) };
-            match self.read_file(file, offset, buffer) {
-                Ok(filled) => reply.data(buffer.get(..filled).unwrap_or_default()),
-                Err(fault) => {
-                    self.fault_of_file(&file.digest, fault);
-                    reply.error(Errno::EIO);
-                }
+        if self.shared.is_at_hand(file) {
+            return self.read_now(file, offset, size, reply);
+        }
+        let shared = Arc::clone(&self.shared);
+        self.far.ask(Wish::Bytes(file, offset, size), move |given| match given {
+            Ok(Given::Bytes(bytes)) => reply.data(&bytes),
+            Ok(Given::Listing(_)) => reply.error(Errno::EIO),
+            Err(fault) => {
+                shared.fault_of_file(&file.digest, fault);
+                reply.error(Errno::EIO);
             }
         });
     }
@@ -389,31 +383,33 @@ impl Filesystem for Castore {
         offset: u64,
         mut reply: ReplyDirectory,
     ) {
-        let full = self.dots(number.0, offset, |number, next, name| {
+        let full = self.shared.dots(number.0, offset, |number, next, name| {
             reply.add(INodeNo(number), next, FileType::Directory, name)
         });
         if full {
             return reply.ok();
         }
         if number == INodeNo::ROOT {
-            self.list_root(offset, Grant::Nothing, |number, name| {
+            self.shared.list_root(offset, Grant::Nothing, |number, name| {
                 reply.add(INodeNo(number), number, FileType::Directory, name.as_os_str())
             });
             return reply.ok();
         }
-        let listing = match self.listing(number.0) {
-            Ok(listing) => listing,
-            Err(errno) => return reply.error(errno),
-        };
-        let inodes = lock(&self.shared.inodes);
-        for (position, next, name, node) in from_offset(&listing, offset) {
-            let child = inodes.find(number.0, position, node).unwrap_or(UNKNOWN);
-            if reply.add(INodeNo(child), next, Shape::from(node).kind(), name.as_os_str()) {
-                break;
+        self.with_listing(number.0, move |shared, listing| {
+            let listing = match listing {
+                Ok(listing) => listing,
+                Err(errno) => return reply.error(errno),
+            };
+            let inodes = lock(&shared.inodes);
+            for (position, next, name, node) in from_offset(&listing, offset) {
+                let child = inodes.find(number.0, position, node).unwrap_or(UNKNOWN);
+                if reply.add(INodeNo(child), next, Shape::from(node).kind(), name.as_os_str()) {
+                    break;
+                }
             }
-        }
-        drop(inodes);
-        reply.ok();
+            drop(inodes);
+            reply.ok();
+        });
     }
 
     /// Lists and grants a lookup of each entry listed, `.` and `..` excepted.
@@ -425,34 +421,43 @@ impl Filesystem for Castore {
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
-        let mut add = |child: u64, next: u64, name: &OsStr, shape: Shape| {
-            reply.add(INodeNo(child), next, name, &FOREVER, &self.attributes(child, shape), GENERATION)
-        };
-        let full = self
-            .dots(number.0, offset, |number, next, name| add(number, next, name.as_ref(), Shape::Directory));
+        fn add(
+            reply: &mut ReplyDirectoryPlus,
+            attributes: FileAttr,
+            next: u64,
+            name: impl AsRef<OsStr>,
+        ) -> bool {
+            reply.add(attributes.ino, next, name, &FOREVER, &attributes, GENERATION)
+        }
+        let shared = &self.shared;
+        let full = shared.dots(number.0, offset, |number, next, name| {
+            add(&mut reply, shared.attributes(number, Shape::Directory), next, name)
+        });
         if full {
             return reply.ok();
         }
         if number == INodeNo::ROOT {
-            self.list_root(offset, Grant::Lookup, |child, name| {
-                add(child, child, name.as_os_str(), Shape::Directory)
+            shared.list_root(offset, Grant::Lookup, |child, name| {
+                add(&mut reply, shared.attributes(child, Shape::Directory), child, name.as_os_str())
             });
             return reply.ok();
         }
-        let listing = match self.listing(number.0) {
-            Ok(listing) => listing,
-            Err(errno) => return reply.error(errno),
-        };
-        let mut inodes = lock(&self.shared.inodes);
-        for (position, next, name, node) in from_offset(&listing, offset) {
-            let Some(child) = inodes.enter(number.0, position, node) else { break };
-            if add(child, next, name.as_os_str(), node.into()) {
-                inodes.forget(child, 1);
-                break;
+        self.with_listing(number.0, move |shared, listing| {
+            let listing = match listing {
+                Ok(listing) => listing,
+                Err(errno) => return reply.error(errno),
+            };
+            let mut inodes = lock(&shared.inodes);
+            for (position, next, name, node) in from_offset(&listing, offset) {
+                let Some(child) = inodes.enter(number.0, position, node) else { break };
+                if add(&mut reply, shared.attributes(child, node.into()), next, name.as_os_str()) {
+                    inodes.forget(child, 1);
+                    break;
+                }
             }
-        }
-        drop(inodes);
-        reply.ok();
+            drop(inodes);
+            reply.ok();
+        });
     }
 
     fn statfs(&self, _request: &Request, _number: INodeNo, reply: ReplyStatfs) {

@@ -126,6 +126,16 @@ struct Record {
     held: u64,
     /// Whether it is a file that was read.
     read: bool,
+    /// The directory in which it was looked up last, and the position there.
+    seen: (u64, u32),
+}
+
+/// A file that is read.
+pub struct Reading {
+    /// The file.
+    pub file: FileId,
+    /// The directory in which it was looked up last, its entries and the position there, if that is still known.
+    pub seen: Option<(u64, Arc<Listing>, usize)>,
 }
 
 #[derive(Debug)]
@@ -181,14 +191,36 @@ impl Inodes {
     }
 
     /// The file behind `number`, and notes that it is read; `None` where there is no such file.
-    pub fn read(&mut self, number: u64) -> Option<FileId> {
+    pub fn read(&mut self, number: u64) -> Option<Reading> {
         let record = self.records.get_mut(&number)?;
         let Inode::File(file) = record.inode else { return None };
-        if !record.read && self.read.len() < MAX_READ {
+        let (parent, position) = record.seen;
+        self.note_read(number);
+        let seen = match self.records.get(&parent).map(|parent| &parent.inode) {
+            Some(Inode::Directory(_, Entries::Known(listing))) => {
+                Some((parent, Arc::clone(listing), position as usize))
+            }
+            _ => None,
+        };
+        Some(Reading { file, seen })
+    }
+
+    /// The number of a file that is to be read ahead, and notes that it is read; `None` where the kernel doesn't know it,
+    /// or has read it before.
+    pub fn read_ahead(&mut self, file: FileId) -> Option<u64> {
+        let number = *self.files.get(&file)?;
+        self.records.get(&number).is_some_and(|record| !record.read).then(|| self.note_read(number))?;
+        Some(number)
+    }
+
+    fn note_read(&mut self, number: u64) {
+        if let Some(record) = self.records.get_mut(&number)
+            && !record.read
+            && self.read.len() < MAX_READ
+        {
             record.read = true;
             self.read.push(number);
         }
-        Some(file)
     }
 
     /// The files that were read for the first time since this was last called.
@@ -256,7 +288,9 @@ impl Inodes {
     /// Grants a lookup of the entry at `position` in the directory `parent`, which is `node`, and yields
     /// its number; `None` where `parent` is not a known directory.
     pub fn enter(&mut self, parent: u64, position: usize, node: &Node) -> Option<u64> {
-        let number = match self.find(parent, position, node) {
+        let found = self.find(parent, position, node);
+        let known = found.is_some();
+        let number = match found {
             Some(number) => number,
             None => {
                 let inode = match node {
@@ -269,10 +303,12 @@ impl Inodes {
                     }
                     Node::Symlink { target } => Inode::Symlink(Arc::new(target.clone())),
                 };
-                return Some(self.add(inode));
+                self.add(inode)
             }
         };
-        self.records.get_mut(&number)?.held += 1;
+        let record = self.records.get_mut(&number)?;
+        record.held += u64::from(known);
+        record.seen = (parent, u32::try_from(position).unwrap_or(u32::MAX));
         Some(number)
     }
 
@@ -313,6 +349,19 @@ impl Inodes {
         }
     }
 
+    /// Gives back memory that the table took when it was much larger.
+    pub fn shrink(&mut self) {
+        fn shrink<K: Eq + std::hash::Hash, V>(map: &mut HashMap<K, V>) {
+            if map.capacity() / 4 > map.len() {
+                map.shrink_to(map.len() * 2);
+            }
+        }
+        shrink(&mut self.records);
+        shrink(&mut self.files);
+        shrink(&mut self.symlinks);
+        shrink(&mut self.directories);
+    }
+
     /// The directory of the build that the directory `number` belongs to.
     pub fn build_of(&self, number: u64) -> Option<u64> {
         match self.records.get(&number)?.inode {
@@ -341,7 +390,7 @@ impl Inodes {
             Inode::Symlink(target) => drop(self.symlinks.insert(Arc::clone(target), number)),
             Inode::Root | Inode::Kept => {}
         }
-        self.records.insert(number, Record { inode, held: 1, read: false });
+        self.records.insert(number, Record { inode, held: 1, read: false, seen: (0, 0) });
         number
     }
 }

@@ -10,7 +10,13 @@
 //! [`Exposed::fault`] of each build concerned. These are, for a directory, the build it was reached in,
 //! and for a file, whose pages all builds share, every build that has seen a directory with such a file.
 //! One build's broken input is thus no other's fault.
+//!
+//! A store that does not answer at all is such a fault, too, once its time is up. Until then nobody waits for
+//! it but those who read what it has not given.
 
+mod ahead;
+mod contents;
+mod far;
 mod fs;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
@@ -24,13 +30,17 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
 
 use cofferdam_sandbox::Owner;
 use tokio::sync::watch;
 
-use crate::castore::{Blob, Digest, Name, Node, NodeError, Store, StoreError};
+use crate::castore::{Digest, Name, Node, NodeError, Store, StoreError};
 use crate::lock::lock;
 use crate::recent::Memo;
+use ahead::Ahead;
+use contents::Opened;
+use far::Far;
 use inodes::{Inodes, Listing};
 use usher::{Farewell, Usher};
 
@@ -59,12 +69,19 @@ impl View {
     /// `owner`.
     ///
     /// The namespace should be private to this process. `threads` is how many requests are answered at
-    /// a time; one that waits for the store keeps its thread.
+    /// a time where the store is near; those that wait for one elsewhere are not counted. They are answered after
+    /// `timeout` at the latest, with an error then; one that reads a large blob gets more time, as its size demands.
     ///
     /// # Errors
     /// [`ViewError::Device`], [`ViewError::Mount`] and [`ViewError::Session`] where the kernel refuses.
-    pub fn mount(store: Store, at: &Path, owner: Owner, threads: NonZeroUsize) -> Result<Self, ViewError> {
-        Self::mount_keeping(store, at, owner, threads, KEPT_FILES)
+    pub fn mount(
+        store: Store,
+        at: &Path,
+        owner: Owner,
+        threads: NonZeroUsize,
+        timeout: Duration,
+    ) -> Result<Self, ViewError> {
+        Self::mount_keeping(store, at, owner, threads, timeout, KEPT_FILES)
     }
 
     fn mount_keeping(
@@ -72,6 +89,7 @@ impl View {
         at: &Path,
         owner: Owner,
         threads: NonZeroUsize,
+        timeout: Duration,
         kept_files: usize,
     ) -> Result<Self, ViewError> {
         let at = std::path::absolute(at).map_err(|source| ViewError::Mount { at: at.to_owned(), source })?;
@@ -90,10 +108,14 @@ impl View {
                 shared.fault(&shared.exposed(), Fault::Ended { cause });
             }
         };
-        let filesystem = fs::Castore::new(Arc::clone(&shared));
+        let session = |source| ViewError::Session { source };
+        let far = Far::start(Arc::clone(&shared), timeout).map_err(session)?;
+        let (ahead, windows) = Ahead::new();
+        let filesystem = fs::Castore::new(Arc::clone(&shared), far, ahead);
         let mounted = mount::Mounted::new(filesystem, &at, threads, on_end)?;
-        let usher = Usher::start(Arc::clone(&shared), at.clone(), mounted.notifier(), kept_files)
-            .map_err(|source| ViewError::Session { source })?;
+        ahead::start(&shared, windows, &mounted.notifier()).map_err(session)?;
+        let usher =
+            Usher::start(Arc::clone(&shared), at.clone(), mounted.notifier(), kept_files).map_err(session)?;
         Ok(Self { at, shared, mounted, usher })
     }
 
@@ -130,8 +152,7 @@ impl View {
 
     /// Gives back memory that only saves work: of directories and blobs that are read again, it remembers them again.
     pub fn trim(&self) {
-        self.shared.listings.clear();
-        self.shared.blobs.clear();
+        self.shared.trim();
     }
 
     /// How many inodes the view keeps for the kernel, the root's not counted.
@@ -204,12 +225,18 @@ struct Shared {
     owner: Owner,
     inodes: Mutex<Inodes>,
     listings: Memo<Digest, Arc<Listing>>,
-    blobs: Memo<Digest, Arc<dyn Blob>>,
+    blobs: Memo<Digest, Arc<Opened>>,
     /// Where the faults of each exposed build go, by the number of its directory.
     builds: Mutex<HashMap<u64, watch::Sender<Option<Arc<Fault>>>>>,
 }
 
 impl Shared {
+    fn trim(&self) {
+        self.listings.clear();
+        self.blobs.clear();
+        lock(&self.inodes).shrink();
+    }
+
     fn exposed(&self) -> Vec<u64> {
         lock(&self.builds).keys().copied().collect()
     }
@@ -285,6 +312,20 @@ pub enum Fault {
         offset: u64,
         /// The refusal.
         source: io::Error,
+    },
+    /// The store has not answered in time.
+    #[error("the store has not given {digest} within {} s", .after.as_secs_f32())]
+    Late {
+        /// What was wanted from it.
+        digest: Digest,
+        /// How long it was waited for.
+        after: Duration,
+    },
+    /// Too many wait for the store already, or the view has ended meanwhile.
+    #[error("can't wait for the store to give {digest}: too many do, or the view has ended")]
+    Crowded {
+        /// What was wanted from it.
+        digest: Digest,
     },
     /// The file system has ended.
     #[error("the file system that shows the inputs has ended: {cause}")]

@@ -12,7 +12,7 @@ use nix::sched::{CloneFlags, unshare};
 
 use super::*;
 use crate::castore::memory;
-use crate::castore::{BlobService, BlobStat, BlobWriter, Directory, DirectoryService, Stored, Target};
+use crate::castore::{Blob, BlobService, BlobStat, BlobWriter, Directory, DirectoryService, Stored, Target};
 
 const OWNER: Owner = Owner { uid: 1234, gid: 4321 };
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -24,6 +24,11 @@ fn with_view(store: Store, test: impl FnOnce(&View) + Send) {
 
 /// As [`with_view`]; the view keeps that many files.
 fn with_view_keeping(kept_files: usize, store: Store, test: impl FnOnce(&View) + Send) {
+    with_view_patient(kept_files, PATIENCE, store, test);
+}
+
+/// As [`with_view_keeping`]; who waits for the store waits for so long.
+fn with_view_patient(kept_files: usize, timeout: Duration, store: Store, test: impl FnOnce(&View) + Send) {
     if !nix::unistd::geteuid().is_root() || !Path::new("/dev/fuse").exists() {
         eprintln!("skipped: mounting FUSE needs root and /dev/fuse here");
         return;
@@ -38,7 +43,7 @@ fn with_view_keeping(kept_files: usize, store: Store, test: impl FnOnce(&View) +
             nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
             let at = tempfile::tempdir().unwrap();
             let threads = NonZeroUsize::new(3).unwrap();
-            let view = View::mount_keeping(store, at.path(), OWNER, threads, kept_files).unwrap();
+            let view = View::mount_keeping(store, at.path(), OWNER, threads, timeout, kept_files).unwrap();
             test(&view);
             drop(view);
             assert_eq!(fs::read_dir(at.path()).unwrap().count(), 0, "still mounted");
@@ -81,6 +86,13 @@ fn inputs<const N: usize>(entries: [(&str, Node); N]) -> BTreeMap<Name, Node> {
 fn noise(len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
     blake3::Hasher::new().finalize_xof().fill(&mut bytes);
+    bytes
+}
+
+/// Bytes that look like noise, and are others for each number.
+fn noise_of(number: u8, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    blake3::Hasher::new().update(&[number]).finalize_xof().fill(&mut bytes);
     bytes
 }
 
@@ -675,6 +687,168 @@ fn what_the_store_lacks_is_an_io_error_and_the_fault_of_those_who_have_it() {
             assert!(other.fault().is_none() && unread.fault().is_none(), "{case}");
             let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
             assert!(Arc::ptr_eq(&runtime.block_on(hit.faulted()), &fault), "{case}");
+        });
+    }
+}
+
+/// A store that gives some of its blobs, and of the others none until it is told to.
+struct Stalling {
+    inner: Store,
+    near: BTreeSet<Digest>,
+    healed: Mutex<bool>,
+    change: std::sync::Condvar,
+}
+
+impl BlobService for Stalling {
+    fn stat(&self, digest: &Digest) -> Result<Option<BlobStat>, StoreError> {
+        self.inner.blobs.stat(digest)
+    }
+
+    fn open(&self, digest: &Digest) -> Result<Option<Arc<dyn Blob>>, StoreError> {
+        if !self.near.contains(digest) {
+            let stalled = lock(&self.healed);
+            drop(self.change.wait_while(stalled, |healed| !*healed).unwrap());
+        }
+        self.inner.blobs.open(digest)
+    }
+
+    fn is_near(&self, digest: &Digest) -> bool {
+        self.near.contains(digest)
+    }
+
+    fn create(&self) -> Result<Box<dyn BlobWriter>, StoreError> {
+        self.inner.blobs.create()
+    }
+}
+
+/// What the kernel says each thread of this process is doing that is called so.
+fn states(threads: &str) -> Vec<char> {
+    let tasks = fs::read_dir("/proc/self/task").unwrap();
+    let stats = tasks.filter_map(|task| fs::read_to_string(task.unwrap().path().join("stat")).ok());
+    stats
+        .filter(|stat| stat.contains(threads))
+        .filter_map(|stat| stat.rsplit_once(") ")?.1.chars().next())
+        .collect()
+}
+
+#[test]
+fn a_store_that_stalls_holds_up_nobody_else_and_not_for_ever() {
+    const READERS: usize = 100;
+    const TIMEOUT: Duration = Duration::from_secs(3);
+    let inner = memory::store();
+    let near: Vec<Node> = (0..50u8).map(|number| file(&inner, &noise_of(number, 20_000), false)).collect();
+    let far: Vec<Node> = (50..150u8).map(|number| file(&inner, &noise_of(number, 20_000), false)).collect();
+    let digests = near.iter().filter_map(|node| match node {
+        Node::File { digest, .. } => Some(*digest),
+        _ => None,
+    });
+    let blobs = Arc::new(Stalling {
+        inner: inner.clone(),
+        near: digests.collect(),
+        healed: Mutex::new(false),
+        change: std::sync::Condvar::new(),
+    });
+    let store = Store { blobs: Arc::clone(&blobs) as _, directories: Arc::clone(&inner.directories) };
+    let named = |nodes: Vec<Node>| nodes.into_iter().enumerate().map(|(n, node)| (n.to_string(), node));
+    let (near, far) = (directory(&inner, named(near)), directory(&inner, named(far)));
+    with_view_patient(0, TIMEOUT, store, |view| {
+        let stalled = view.expose("stalled", inputs([("far", far.clone())])).unwrap();
+        let other = view.expose("other", inputs([("near", near)])).unwrap();
+        std::thread::scope(|scope| {
+            let start = Instant::now();
+            for reader in 0..READERS {
+                let path = stalled.path().join(format!("far/{reader}"));
+                let read = move || {
+                    let error = fs::read(path).unwrap_err();
+                    assert_eq!(error.raw_os_error(), Some(libc::EIO));
+                    let waited = start.elapsed();
+                    assert!(waited >= TIMEOUT && waited < TIMEOUT * 3, "{waited:?}");
+                };
+                std::thread::Builder::new().name("a-reader".to_owned()).spawn_scoped(scope, read).unwrap();
+            }
+            wait_for("all to wait", || {
+                let waiting = states("(a-reader)").into_iter().filter(|state| *state == 'D' || *state == 'S');
+                waiting.count() == READERS
+            });
+            for number in 0..50u8 {
+                let read = fs::read(other.path().join(format!("near/{number}"))).unwrap();
+                assert!(read == noise_of(number, 20_000), "{number}");
+            }
+            assert_eq!(fs::read_dir(stalled.path().join("far")).unwrap().count(), READERS);
+            assert!(start.elapsed() < TIMEOUT, "others had to wait");
+            assert!(stalled.fault().is_none());
+        });
+        let fault = stalled.fault().unwrap();
+        assert!(matches!(*fault, Fault::Late { after, .. } if after == TIMEOUT), "{fault}");
+        assert!(other.fault().is_none());
+        wait_for("the readers to end", || states("(a-reader)").is_empty());
+        // What comes too late harms nobody, and afterwards all is well.
+        *lock(&blobs.healed) = true;
+        blobs.change.notify_all();
+        let next = view.expose("next", inputs([("far", far)])).unwrap();
+        assert!(fs::read(next.path().join("far/0")).unwrap() == noise_of(50, 20_000));
+        assert!(next.fault().is_none());
+    });
+}
+
+/// A view that ends does not wait for a store that stalls, and leaves nobody waiting for it.
+#[test]
+fn ending_the_view_frees_those_who_wait_for_the_store() {
+    let inner = memory::store();
+    let node = file(&inner, b"far", false);
+    let blobs = Arc::new(Stalling {
+        inner: inner.clone(),
+        near: BTreeSet::new(),
+        healed: Mutex::new(false),
+        change: std::sync::Condvar::new(),
+    });
+    let store = Store { blobs: Arc::clone(&blobs) as _, directories: inner.directories };
+    let start = Instant::now();
+    with_view(store, |view| {
+        let exposed = view.expose("b1", inputs([("x", node)])).unwrap();
+        let path = exposed.path().join("x");
+        let reader = std::thread::spawn(move || fs::read(path).map(drop));
+        std::thread::sleep(Duration::from_millis(100));
+        nix::mount::umount2(&view.at, nix::mount::MntFlags::MNT_FORCE).unwrap_err();
+        reader.join().unwrap().unwrap_err();
+    });
+    assert!(start.elapsed() < PATIENCE / 2, "{:?}", start.elapsed());
+    *lock(&blobs.healed) = true;
+    blobs.change.notify_all();
+}
+
+/// Files read one after the other: most are there before they are asked for.
+#[test]
+fn the_files_of_a_directory_are_read_ahead_of_who_reads_them_in_turn() {
+    const FILES: usize = 600;
+    let inner = memory::store();
+    let contents = |number: usize| format!("{number} ").repeat(1 + number % 900).into_bytes();
+    let files = (0..FILES).map(|number| (format!("{number:04}"), file(&inner, &contents(number), false)));
+    let tree = directory(&inner, files.collect::<Vec<_>>());
+    const READ: usize = 20;
+    // In turn, and here and there.
+    for (stride, read_ahead) in [(1, true), (2, true), (7, false), (FILES - 1, false)] {
+        with_view(inner.clone(), |view| {
+            let exposed = view.expose("b1", inputs([("tree", tree.clone())])).unwrap();
+            let dir = exposed.path().join("tree");
+            let read = |number: usize| fs::read(dir.join(format!("{number:04}")));
+            let listed = fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().metadata().unwrap());
+            assert_eq!(listed.count(), FILES);
+            for number in (0..READ).map(|step| step * stride % FILES) {
+                assert!(read(number).unwrap() == contents(number), "{stride} {number}");
+            }
+            std::thread::sleep(Duration::from_millis(300));
+            // No request is answered any more.
+            let held = fs::File::open(&dir).unwrap();
+            nix::mount::umount2(&view.at, nix::mount::MntFlags::MNT_FORCE).unwrap_err();
+            let there = (0..FILES).filter(|number| match read(*number) {
+                Ok(found) => found == contents(*number) || panic!("{number} is not what it was"),
+                Err(_) => false,
+            });
+            let beyond = there.count() - READ;
+            assert_eq!(beyond > 0, read_ahead, "{beyond} beyond what was read by {stride}");
+            assert!(beyond < 300, "{beyond} by {stride}");
+            drop(held);
         });
     }
 }

@@ -8,6 +8,7 @@ use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use cofferdam_sandbox::measure;
 use fuser::{INodeNo, Notifier};
 
 use super::inodes::{KEPT, KEPT_NAME};
@@ -19,6 +20,9 @@ use crate::lock::lock;
 /// between such looks, where it goes on remembering.
 const FIRST_LOOK: Duration = Duration::from_secs(1);
 const LAST_LOOK: Duration = Duration::from_secs(60);
+
+/// When nothing has been shown for so long, what was only remembered in order to be fast is given up.
+const IDLE: Duration = Duration::from_secs(30);
 
 /// What the usher is told.
 pub enum Farewell {
@@ -87,11 +91,14 @@ impl Rounds {
     fn see_out(&mut self, waiting: &mpsc::Receiver<Farewell>) {
         let mut pause = FIRST_LOOK;
         let mut look = Instant::now();
+        let mut trimmed = true;
         loop {
-            let farewell = if self.gone.is_empty() {
-                waiting.recv().map_err(|_| mpsc::RecvTimeoutError::Disconnected)
-            } else {
+            let farewell = if !self.gone.is_empty() {
                 waiting.recv_timeout(look.saturating_duration_since(Instant::now()))
+            } else if !trimmed {
+                waiting.recv_timeout(IDLE)
+            } else {
+                waiting.recv().map_err(|_| mpsc::RecvTimeoutError::Disconnected)
             };
             match farewell {
                 Ok(Farewell::Build(name, number)) => {
@@ -101,6 +108,16 @@ impl Rounds {
                     self.keep_files();
                     self.forget(&name);
                     self.gone.push((number, Instant::now()));
+                    trimmed = false;
+                }
+                Err(mpsc::RecvTimeoutError::Timeout) if self.gone.is_empty() => {
+                    // Where there still is a build, its end will be another beginning of this.
+                    if lock(&self.shared.builds).is_empty() {
+                        self.shared.trim();
+                        self.shared.store.directories.trim();
+                        measure::trim_own_memory();
+                    }
+                    trimmed = true;
                 }
                 Err(mpsc::RecvTimeoutError::Timeout) => {
                     let inodes = lock(&self.shared.inodes);

@@ -75,6 +75,10 @@ impl BlobService for Blobs {
         Ok(size.map(|size| Arc::new(blob(size)) as Arc<dyn Blob>))
     }
 
+    fn is_near(&self, _digest: &Digest) -> bool {
+        true
+    }
+
     fn create(&self) -> Result<Box<dyn BlobWriter>, StoreError> {
         Ok(Box::new(Writer {
             root: Arc::clone(&self.root),
@@ -112,6 +116,10 @@ impl Blob for LocalBlob {
             *verified = true;
         }
         Ok(())
+    }
+
+    fn is_near(&self) -> bool {
+        true
     }
 
     fn as_file(&self) -> Option<&File> {

@@ -10,6 +10,7 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use clap::Args;
 use cofferdam_sandbox::Owner;
@@ -27,6 +28,7 @@ use super::Source;
 use super::place::Place;
 use crate::castore::{Name, Node, Store};
 use crate::cli::{EXIT_TERMINATED, Failed, Signals, cannot, remark};
+use crate::config::STORE_DEADLINE_SECONDS;
 use crate::view::{Exposed, View};
 
 /// What the tree is called in the view, below the mount that people see.
@@ -122,7 +124,9 @@ impl Mounted {
         let threads = NonZeroUsize::new(THREADS_PER_CPU).map_or(cpus, |each| cpus.saturating_mul(each));
         // Whoever runs this: root, be it of the host or of a namespace.
         let owner = Owner { uid: 0, gid: 0 };
-        let view = View::mount(store.clone(), dir, owner, threads).map_err(|error| failed(&error))?;
+        let timeout = Duration::from_secs(STORE_DEADLINE_SECONDS);
+        let view =
+            View::mount(store.clone(), dir, owner, threads, timeout).map_err(|error| failed(&error))?;
         let exposed = view.expose(TREE, entries).map_err(|error| failed(&error))?;
         let none: Option<&str> = None;
         mount(Some(exposed.path()), dir, none, MsFlags::MS_BIND, none).map_err(|errno| failed(&errno))?;
