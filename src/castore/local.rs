@@ -39,7 +39,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use nix::libc;
 
@@ -115,6 +115,8 @@ struct Root {
     next: AtomicU64,
     lifetime: Lifetime,
     unsynced: Unsynced,
+    /// Whether any sync has failed.
+    sync_failed: AtomicBool,
     verified: Verified,
     /// The lock goes with this description, when the last user of the store does.
     _lock: File,
@@ -149,9 +151,24 @@ impl Root {
             next: AtomicU64::new(0),
             lifetime,
             unsynced: Unsynced::new(lifetime),
+            sync_failed: AtomicBool::new(false),
             verified: Verified::new(),
             _lock: lock,
         })
+    }
+
+    /// Notes that a sync has failed. The kernel tells that once, and counts the pages as written from then on: nothing
+    /// that is not on disk yet can be promised any more.
+    fn note_failed_sync(&self) {
+        self.sync_failed.store(true, Ordering::Release);
+    }
+
+    /// Refuses where a sync has failed.
+    fn check_syncs(&self) -> Result<(), StoreError> {
+        match self.sync_failed.load(Ordering::Acquire) {
+            true => Err(StoreError::Unsynced { path: shown(&self.path) }),
+            false => Ok(()),
+        }
     }
 
     /// A name in `tmp/` that is not taken.

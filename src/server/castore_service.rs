@@ -371,12 +371,14 @@ fn status(error: &StoreError) -> Status {
     let text = error.to_string();
     match error {
         StoreError::MissingChild { .. } | StoreError::ChildSize { .. } => Status::invalid_argument(text),
-        StoreError::Io { .. } | StoreError::InUse { .. } | StoreError::Remote { .. } => {
-            Status::unavailable(text)
-        }
-        StoreError::Database { .. } | StoreError::Damaged { .. } | StoreError::Invalid(_) => {
-            Status::internal(text)
-        }
+        StoreError::Io { .. }
+        | StoreError::InUse { .. }
+        | StoreError::Unsynced { .. }
+        | StoreError::Remote { .. } => Status::unavailable(text),
+        StoreError::Database { .. }
+        | StoreError::DamagedIndex { .. }
+        | StoreError::Damaged { .. }
+        | StoreError::Invalid(_) => Status::internal(text),
     }
 }
 

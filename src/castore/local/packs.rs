@@ -284,8 +284,10 @@ impl Packs {
     fn append(&self, state: &mut State, digest: &Digest, contents: &[u8]) -> io::Result<()> {
         let len = u32::try_from(contents.len()).map_err(|_| io::ErrorKind::FileTooLarge)?;
         if state.last.as_ref().is_none_or(|last| last.end >= PACK_BYTES) {
-            state.last = Some(self.begin(state.next)?);
-            state.next = state.next.checked_add(1).ok_or(io::ErrorKind::StorageFull)?;
+            let number = state.next;
+            // Where this fails there may be a file of that name already.
+            state.next = number.checked_add(1).ok_or(io::ErrorKind::StorageFull)?;
+            state.last = Some(self.begin(number)?);
         }
         let State { last, record, .. } = state;
         let Some(last) = last else { return Err(io::ErrorKind::NotFound.into()) };
@@ -336,15 +338,13 @@ impl Packs {
     /// Returns once every blob that was added before is on disk.
     pub(super) fn sync(&self) -> Result<(), StoreError> {
         let _turn = lock(&self.turn);
+        self.root.check_syncs()?;
         let unsynced = std::mem::take(&mut self.state().unsynced);
         if self.root.lifetime == Lifetime::Ephemeral {
             return Ok(());
         }
         unsynced.iter().try_for_each(|file| file.sync_data()).map_err(|error| {
-            let mut state = self.state();
-            for file in &unsynced {
-                state.note_unsynced(file);
-            }
+            self.root.note_failed_sync();
             StoreError::io("sync", self.root.path.join("packs").display().to_string(), error)
         })
     }
