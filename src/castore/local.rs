@@ -49,8 +49,11 @@ use index::Index;
 use packs::Packs;
 use unsynced::Unsynced;
 use verified::Verified;
+use verify::Repair;
 
 mod blobs;
+#[cfg(test)]
+mod crashes;
 mod directories;
 mod index;
 mod packs;
@@ -88,7 +91,33 @@ impl LocalStore {
     /// As [`LocalStore::open`].
     pub fn open_for(path: &Path, lifetime: Lifetime) -> Result<Self, StoreError> {
         let root = Arc::new(Root::open(path, lifetime)?);
-        let index = Arc::new(Index::open(Arc::clone(&root))?);
+        let index = Index::open(Arc::clone(&root))?;
+        Self::with(root, index)
+    }
+
+    /// [`LocalStore::open`], and reads the whole index. One that is damaged is moved aside where `repair` says so, and a
+    /// new one is made for the blobs in the packs; directories have to be stored again. Yields the store, and to where the
+    /// damaged index was moved.
+    ///
+    /// # Errors
+    /// [`StoreError::DamagedIndex`] where it is and stays; others as [`LocalStore::open`].
+    pub fn open_checked(path: &Path, repair: Repair) -> Result<(Self, Option<PathBuf>), StoreError> {
+        let root = Arc::new(Root::open(path, Lifetime::Lasting)?);
+        match (Index::open_checked(&root), repair) {
+            (Ok(index), _) => Ok((Self::with(root, index)?, None)),
+            (Err(StoreError::DamagedIndex { reason, .. }), Repair::Remove) => {
+                let aside = index::move_aside(&root)?;
+                tracing::error!(%reason, to = %aside.display(), "the store's index is damaged; it is moved aside");
+                let store = Self::with(Arc::clone(&root), Index::open(root)?)?;
+                store.packs.flush()?;
+                Ok((store, Some(aside)))
+            }
+            (Err(error), _) => Err(error),
+        }
+    }
+
+    fn with(root: Arc<Root>, index: Index) -> Result<Self, StoreError> {
+        let index = Arc::new(index);
         let packs = Arc::new(Packs::open(Arc::clone(&root), Arc::clone(&index))?);
         let directories = directories::Directories::new(&root, &index, &packs);
         let blobs = blobs::Blobs::new(Arc::clone(&root), Arc::clone(&packs));

@@ -73,7 +73,8 @@ async fn store_tree(
     Ok(())
 }
 
-fn digest_of(directory: &wire::Directory) -> Digest {
+/// The digest of a directory.
+pub fn digest_of(directory: &wire::Directory) -> Digest {
     Digest::of(&prost::Message::encode_to_vec(directory))
 }
 

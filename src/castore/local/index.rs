@@ -1,7 +1,10 @@
 //! The database of a store: directories, and where small blobs lie in their packs.
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::io::ErrorKind::{InvalidData, UnexpectedEof};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -49,13 +52,20 @@ pub(super) struct Index {
 impl Index {
     /// Opens the database, or makes it. What happens to it, it is whole after the death of its process.
     pub(super) fn open(root: Arc<Root>) -> Result<Self, StoreError> {
-        Self::open_with(root, Checks::No)
+        Ok(Self::of(open_file(&root, Checks::No)?, root))
     }
 
-    /// The same, with a check of the whole database where that is asked for.
-    pub(super) fn open_with(root: Arc<Root>, checks: Checks) -> Result<Self, StoreError> {
-        let database = Mutex::new(Some(Arc::new(open_file(&root, checks)?)));
-        Ok(Self { database, failed: AtomicBool::new(false), root })
+    /// The same, and reads all of it.
+    pub(super) fn open_checked(root: &Arc<Root>) -> Result<Self, StoreError> {
+        let index = Self::of(open_file(root, Checks::All)?, Arc::clone(root));
+        index.each_directory(|_, _| Ok(()))?;
+        index.places()?;
+        index.ends()?;
+        Ok(index)
+    }
+
+    fn of(database: Database, root: Arc<Root>) -> Self {
+        Self { database: Mutex::new(Some(Arc::new(database))), failed: AtomicBool::new(false), root }
     }
 
     /// The database, opened anew if it has failed.
@@ -162,6 +172,37 @@ impl Index {
         })
     }
 
+    /// Up to where the records of all packs are known.
+    pub(super) fn ends(&self) -> Result<Vec<(u32, u64)>, StoreError> {
+        self.read(|reading| {
+            let table = reading.open_table(PACKS).map_err(|error| refused("read", error))?;
+            let entries = table.iter().map_err(|error| refused("read", error))?;
+            entries
+                .map(|entry| {
+                    let (pack, end) = entry.map_err(|error| refused("read", error))?;
+                    Ok((pack.value(), end.value()))
+                })
+                .collect()
+        })
+    }
+
+    /// Forgets the small blobs that would lie beyond these ends of packs.
+    pub(super) fn cut_off(&self, ends: &BTreeMap<u32, u64>) -> Result<(), StoreError> {
+        self.write(|writing| {
+            let mut table = writing.open_table(SMALL).map_err(|error| refused("write to", error))?;
+            let lies_within = |place: (u32, u64, u32)| {
+                let Place { pack, offset, len } = place.into();
+                ends.get(&pack).is_none_or(|end| offset.saturating_add(u64::from(len)) <= *end)
+            };
+            table.retain(|_, place| lies_within(place)).map_err(|error| refused("write to", error))?;
+            let mut table = writing.open_table(PACKS).map_err(|error| refused("write to", error))?;
+            for (pack, end) in ends {
+                table.insert(pack, end).map_err(|error| refused("write to", error))?;
+            }
+            Ok(())
+        })
+    }
+
     /// Adds directories, and small blobs whose packs are on disk.
     pub(super) fn add(&self, directories: &[&Encoded], blobs: &Batch) -> Result<(), StoreError> {
         self.write(|writing| {
@@ -254,7 +295,7 @@ impl Drop for Index {
 
 /// Whether a database is read as a whole when it is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Checks {
+enum Checks {
     /// Only what is needed.
     No,
     /// All of it, and compared with its checksums.
@@ -277,6 +318,14 @@ fn open_file(root: &Root, checks: Checks) -> Result<Database, StoreError> {
         }
         Ok(database)
     })
+}
+
+/// Gives the database's file, which nobody has open, another name, and yields its path.
+pub(super) fn move_aside(root: &Root) -> Result<PathBuf, StoreError> {
+    let path = root.path.join(FILE_NAME);
+    let aside = root.path.join(format!("{FILE_NAME}.damaged"));
+    fs::rename(&path, &aside).map_err(|error| failed("move aside", &path, error))?;
+    Ok(aside)
 }
 
 /// Makes the tables, so that readers need not ask whether they are there. A transaction syncs: a store that has
@@ -333,6 +382,10 @@ fn is_damage(error: &redb::Error) -> bool {
 
 pub(super) fn refused(act: &'static str, source: impl Into<redb::Error>) -> StoreError {
     match source.into() {
+        // What the file's bytes are at fault for, not the disk.
+        redb::Error::Io(source) if matches!(source.kind(), InvalidData | UnexpectedEof) => {
+            StoreError::Database { act, source: Box::new(redb::Error::Corrupted(source.to_string())) }
+        }
         redb::Error::Io(source) => StoreError::io(act, format!("the store's {FILE_NAME}"), source),
         source => StoreError::Database { act, source: Box::new(source) },
     }
