@@ -39,7 +39,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use nix::libc;
 
@@ -52,8 +52,11 @@ use keep::Keep;
 use packs::Packs;
 use unsynced::Unsynced;
 use verified::Verified;
+use verify::Repair;
 
 mod blobs;
+#[cfg(test)]
+mod crashes;
 mod directories;
 pub mod gc;
 mod index;
@@ -94,7 +97,33 @@ impl LocalStore {
     /// As [`LocalStore::open`].
     pub fn open_for(path: &Path, lifetime: Lifetime) -> Result<Self, StoreError> {
         let root = Arc::new(Root::open(path, lifetime)?);
-        let index = Arc::new(Index::open(Arc::clone(&root))?);
+        let index = Index::open(Arc::clone(&root))?;
+        Self::with(root, index)
+    }
+
+    /// [`LocalStore::open`], and reads the whole index. One that is damaged is moved aside where `repair` says so, and a
+    /// new one is made for the blobs in the packs; directories have to be stored again. Yields the store, and to where the
+    /// damaged index was moved.
+    ///
+    /// # Errors
+    /// [`StoreError::DamagedIndex`] where it is and stays; others as [`LocalStore::open`].
+    pub fn open_checked(path: &Path, repair: Repair) -> Result<(Self, Option<PathBuf>), StoreError> {
+        let root = Arc::new(Root::open(path, Lifetime::Lasting)?);
+        match (Index::open_checked(&root), repair) {
+            (Ok(index), _) => Ok((Self::with(root, index)?, None)),
+            (Err(StoreError::DamagedIndex { reason, .. }), Repair::Remove) => {
+                let aside = index::move_aside(&root)?;
+                tracing::error!(%reason, to = %aside.display(), "the store's index is damaged; it is moved aside");
+                let store = Self::with(Arc::clone(&root), Index::open(root)?)?;
+                store.packs.flush()?;
+                Ok((store, Some(aside)))
+            }
+            (Err(error), _) => Err(error),
+        }
+    }
+
+    fn with(root: Arc<Root>, index: Index) -> Result<Self, StoreError> {
+        let index = Arc::new(index);
         let packs = Arc::new(Packs::open(Arc::clone(&root), Arc::clone(&index))?);
         let directories = directories::Directories::new(&root, &index, &packs);
         let blobs = blobs::Blobs::new(Arc::clone(&root), Arc::clone(&packs));
@@ -134,6 +163,8 @@ struct Root {
     next: AtomicU64,
     lifetime: Lifetime,
     unsynced: Unsynced,
+    /// Whether any sync has failed.
+    sync_failed: AtomicBool,
     verified: Verified,
     keep: Arc<Keep>,
     /// Bytes that have come since the keeper, if there is one, looked last.
@@ -171,11 +202,26 @@ impl Root {
             next: AtomicU64::new(0),
             lifetime,
             unsynced: Unsynced::new(lifetime),
+            sync_failed: AtomicBool::new(false),
             verified: Verified::new(),
             keep: Arc::new(Keep::new()),
             grown: AtomicU64::new(0),
             _lock: lock,
         })
+    }
+
+    /// Notes that a sync has failed. The kernel tells that once, and counts the pages as written from then on: nothing
+    /// that is not on disk yet can be promised any more.
+    fn note_failed_sync(&self) {
+        self.sync_failed.store(true, Ordering::Release);
+    }
+
+    /// Refuses where a sync has failed.
+    fn check_syncs(&self) -> Result<(), StoreError> {
+        match self.sync_failed.load(Ordering::Acquire) {
+            true => Err(StoreError::Unsynced { path: shown(&self.path) }),
+            false => Ok(()),
+        }
     }
 
     /// A name in `tmp/` that is not taken.

@@ -255,13 +255,32 @@ pub enum StoreError {
         /// The refusal.
         source: io::Error,
     },
-    /// The database of directories refused something.
-    #[error("can't {act} the directory database: {source}")]
+    /// The index of a store refused something.
+    #[error("can't {act} the store's index: {source}")]
     Database {
         /// What was tried, as a verb.
         act: &'static str,
         /// The refusal.
         source: Box<redb::Error>,
+    },
+    /// The index of a store can't be read. What lies in the packs is found again without it, directories are not.
+    #[error(
+        "the index {path} is damaged: {reason}; `cofferdam store verify --repair` makes a new one for what the packs hold"
+    )]
+    DamagedIndex {
+        /// Its file.
+        path: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// What was stored may never have reached the disk, although the kernel now counts it as written.
+    #[error(
+        "a sync of the store at {path} has failed before, so nothing more is stored: see to the disk, mount its file \
+         system anew, start cofferdam again and run `cofferdam store verify`"
+    )]
+    Unsynced {
+        /// Where the store lies.
+        path: String,
     },
     /// What stands under the digest is not what the digest names.
     #[error("the {kind} {digest} in the store is damaged")]

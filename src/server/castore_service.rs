@@ -379,10 +379,12 @@ fn status(error: &StoreError) -> Status {
         StoreError::MissingChild { .. } | StoreError::ChildSize { .. } => Status::invalid_argument(text),
         StoreError::Io { .. }
         | StoreError::InUse { .. }
+        | StoreError::Unsynced { .. }
         | StoreError::Remote { .. }
         | StoreError::Wrong { .. } => Status::unavailable(text),
         StoreError::TooLarge { .. } => Status::resource_exhausted(text),
         StoreError::Database { .. }
+        | StoreError::DamagedIndex { .. }
         | StoreError::Damaged { .. }
         | StoreError::Invalid(_)
         | StoreError::NotAStore { .. }

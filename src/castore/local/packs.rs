@@ -49,6 +49,9 @@ const MAX_PENDING: usize = 1 << 16;
 const OPEN_PACKS: usize = 128;
 
 const MAGIC: [u8; 4] = *b"cblb";
+/// No pack is longer.
+const MAX_PACK_BYTES: u64 = PACK_BYTES + (HEADER_BYTES + SMALL_BYTES) as u64;
+
 const HEADER_BYTES: usize = MAGIC.len() + 4 + Digest::LEN;
 
 /// Where a blob lies.
@@ -138,7 +141,9 @@ impl Packs {
         };
         let packs =
             Self { root, index, state: Mutex::new(state), turn: Mutex::new(()), open: Memo::new(OPEN_PACKS) };
-        for number in packs.numbers()? {
+        let numbers = packs.numbers()?;
+        packs.forget_what_is_gone(&numbers)?;
+        for number in numbers {
             packs.recover(number)?;
         }
         Ok(packs)
@@ -163,6 +168,33 @@ impl Packs {
         Ok(numbers)
     }
 
+    /// Makes the index forget what it says of packs that are gone or shorter than it says. That is no crash's doing; but
+    /// a blob that it names must be there, for who stores it again is told that it is, and what is added to such a pack
+    /// must be found again.
+    fn forget_what_is_gone(&self, numbers: &[u32]) -> Result<(), StoreError> {
+        let mut gone = BTreeMap::new();
+        for (pack, known) in self.index.ends()? {
+            let len = match numbers.binary_search(&pack) {
+                // What can't be written to, a directory say, is none, and has no length to trust.
+                Ok(_) => self.open_pack(pack, OFlag::O_RDWR).and_then(|file| Ok(file.metadata()?.len())),
+                Err(_) => Ok(0),
+            };
+            let len = len.map_err(|error| pack_error("look at", pack, error))?;
+            if len < known {
+                tracing::error!(
+                    pack,
+                    bytes = known - len,
+                    "a pack is shorter than it was; what is lost is forgotten"
+                );
+                gone.insert(pack, len);
+            }
+        }
+        match gone.is_empty() {
+            true => Ok(()),
+            false => self.index.cut_off(&gone),
+        }
+    }
+
     /// Takes up a pack: finds the records behind what the index knows, and cuts off what is none.
     fn recover(&self, number: u32) -> Result<(), StoreError> {
         let fail = |act| move |error| pack_error(act, number, error);
@@ -171,7 +203,9 @@ impl Packs {
         let known = self.index.known(number)?.unwrap_or(0);
         let len = file.metadata().map_err(fail("look at"))?.len();
         let mut end = known.min(len);
-        let mut tail = vec![0; usize::try_from(len - end).unwrap_or(0)];
+        // No record goes further; whatever made the file longer.
+        let tail = len.min(MAX_PACK_BYTES).saturating_sub(end);
+        let mut tail = vec![0; usize::try_from(tail).unwrap_or(0)];
         file.read_exact_at(&mut tail, end).map_err(fail("read"))?;
         let begin = end;
         for (at, digest, contents) in records(&tail) {
@@ -218,6 +252,15 @@ impl Packs {
             Some(place) => Ok(Some(place)),
             None => self.index.place(digest),
         }
+    }
+
+    /// Where every small blob lies, in no order; of some also where they lay before.
+    pub(super) fn places(&self) -> Result<Vec<(Digest, Place)>, StoreError> {
+        // In this order: what gets into the index meanwhile is there twice, not missing.
+        let pending: Vec<_> = self.state().pending.iter().map(|(digest, place)| (*digest, *place)).collect();
+        let mut places = self.index.places()?;
+        places.extend(pending);
+        Ok(places)
     }
 
     /// The contents of the blob `digest`, which lies at `place`, compared with the digest.
@@ -293,8 +336,10 @@ impl Packs {
     fn append(&self, state: &mut State, digest: &Digest, contents: &[u8]) -> io::Result<()> {
         let len = u32::try_from(contents.len()).map_err(|_| io::ErrorKind::FileTooLarge)?;
         if state.last.as_ref().is_none_or(|last| last.end >= PACK_BYTES) {
-            state.last = Some(self.begin(state.next)?);
-            state.next = state.next.checked_add(1).ok_or(io::ErrorKind::StorageFull)?;
+            let number = state.next;
+            // Where this fails there may be a file of that name already.
+            state.next = number.checked_add(1).ok_or(io::ErrorKind::StorageFull)?;
+            state.last = Some(self.begin(number)?);
         }
         let State { last, record, .. } = state;
         let Some(last) = last else { return Err(io::ErrorKind::NotFound.into()) };
@@ -386,15 +431,13 @@ impl Packs {
     /// Returns once every blob that was added before is on disk.
     pub(super) fn sync(&self) -> Result<(), StoreError> {
         let _turn = lock(&self.turn);
+        self.root.check_syncs()?;
         let unsynced = std::mem::take(&mut self.state().unsynced);
         if self.root.lifetime == Lifetime::Ephemeral {
             return Ok(());
         }
         unsynced.iter().try_for_each(|file| file.sync_data()).map_err(|error| {
-            let mut state = self.state();
-            for file in &unsynced {
-                state.note_unsynced(file);
-            }
+            self.root.note_failed_sync();
             StoreError::io("sync", self.root.path.join("packs").display().to_string(), error)
         })
     }

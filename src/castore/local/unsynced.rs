@@ -65,10 +65,11 @@ impl Unsynced {
 impl Root {
     /// Returns once every blob that was stored before is on disk, under its name.
     ///
-    /// Where nothing was, that is at once.
+    /// Where nothing was, that is at once. Where that once failed, it fails from then on.
     pub(super) fn sync(&self) -> Result<(), StoreError> {
         let Unsynced { blobs, turn } = &self.unsynced;
         let _turn = lock(turn);
+        self.check_syncs()?;
         let unsynced = {
             let mut blobs = lock(blobs);
             match *blobs {
@@ -82,8 +83,7 @@ impl Root {
             Blobs::Ephemeral => Ok(()),
         };
         synced.map_err(|error| {
-            // Which of them have reached the disk, nobody knows.
-            *lock(blobs) = Blobs::Many;
+            self.note_failed_sync();
             StoreError::io("sync", self.path.display().to_string(), error)
         })
     }

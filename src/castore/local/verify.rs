@@ -119,7 +119,6 @@ impl LocalStore {
         repair: Repair,
         progress: &mut (dyn FnMut(Progress) + Send),
     ) -> Result<Report, StoreError> {
-        self.packs.flush()?;
         let mut report = Report::default();
         let found = self.check_blobs(&mut report, progress)?;
         let damaged = self.check_directories(&mut report, &found.sizes)?;
@@ -139,8 +138,9 @@ impl LocalStore {
         report: &mut Report,
         progress: &mut (dyn FnMut(Progress) + Send),
     ) -> Result<Blobs, StoreError> {
-        let mut small = self.index.places()?;
-        small.sort_unstable_by_key(|(_, place)| (place.pack, place.offset));
+        let mut small = self.packs.places()?;
+        small.sort_unstable_by_key(|(digest, place)| (place.pack, place.offset, *digest));
+        small.dedup();
         let large = self.large_blobs(report)?;
         let total = small.iter().map(|(_, place)| u64::from(place.len)).sum::<u64>()
             + large.iter().map(|(_, len)| len).sum::<u64>();
