@@ -111,7 +111,7 @@ impl Archive<'_> {
 
     fn contents(&mut self, path: &[u8], digest: &Digest, stated: u64) -> Result<(), ExportError> {
         let shown = || printable(path);
-        let blob = self.store.blobs.open(digest)?;
+        let blob = self.store.blobs.open_sized(digest, stated)?;
         let blob = blob.ok_or_else(|| ExportError::Missing {
             path: shown(),
             kind: ObjectKind::Blob,
