@@ -22,7 +22,7 @@ fn unpacked(store: &Store, archive: &[u8]) -> Option<Node> {
 fn mended(bytes: &[u8]) -> Vec<u8> {
     let mut archive = bytes.to_vec();
     archive.resize(archive.len().next_multiple_of(BLOCK_BYTES), 0);
-    let mut at = 0;
+    let mut at: usize = 0;
     while let Some(block) = archive.get_mut(at..at.saturating_add(BLOCK_BYTES)) {
         let mut header = Header::from_byte_slice(block).clone();
         if block.iter().all(|byte| *byte == 0) {
