@@ -4,7 +4,7 @@ use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::gc::Goal;
 use super::{LocalStore, Root};
@@ -12,6 +12,10 @@ use crate::castore::traits::StoreError;
 
 /// How often it is looked whether the store has grown.
 const PAUSE: Duration = Duration::from_secs(1);
+
+/// How long after a collection that did not suffice the next one comes. What was in the way is in use, pinned, asked for
+/// just then, or too young.
+const RETRY: Duration = Duration::from_secs(10);
 
 /// Of the size allowed, how much must have come since the last look for the store to be measured again.
 const GROWTH_PERCENT: u64 = 1;
@@ -44,26 +48,29 @@ impl Drop for Keeper {
 }
 
 fn keep(store: &LocalStore, max_bytes: u64, stopped: &mpsc::Receiver<()>) {
-    let mut measured = false;
-    while let Err(RecvTimeoutError::Timeout) =
-        stopped.recv_timeout(if measured { PAUSE } else { Duration::ZERO })
-    {
+    // When it is due whether or not the store has grown: at once, and while it is larger than it may be.
+    let mut due = Some(Instant::now());
+    loop {
+        let pause = due.map_or(PAUSE, |due| due.saturating_duration_since(Instant::now()).min(PAUSE));
+        let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(pause) else { break };
         let grown = store.root.grown.load(Ordering::Relaxed);
-        if measured && grown < (max_bytes / 100 * GROWTH_PERCENT).max(1) {
+        if due.is_none_or(|due| due > Instant::now()) && grown < (max_bytes / 100 * GROWTH_PERCENT).max(1) {
             continue;
         }
-        measured = true;
         store.root.grown.fetch_sub(grown, Ordering::Relaxed);
         let ended = || !matches!(stopped.try_recv(), Err(mpsc::TryRecvError::Empty));
-        if let Err(error) = keep_once(store, max_bytes, &ended) {
+        let fits = keep_once(store, max_bytes, &ended).unwrap_or_else(|error| {
             tracing::error!("the store can't be kept to {max_bytes} bytes: {error}");
-        }
+            false
+        });
+        due = (!fits).then(|| Instant::now() + RETRY);
     }
 }
 
-fn keep_once(store: &LocalStore, max_bytes: u64, ended: &dyn Fn() -> bool) -> Result<(), StoreError> {
+/// Yields whether the store takes no more than it may.
+fn keep_once(store: &LocalStore, max_bytes: u64, ended: &dyn Fn() -> bool) -> Result<bool, StoreError> {
     if store.disk_bytes()? <= max_bytes {
-        return Ok(());
+        return Ok(true);
     }
     let goal = Goal { max_bytes: Some(max_bytes), unused_since: None };
     let collected = store.collect(goal, &mut |_| !ended())?;
@@ -74,14 +81,7 @@ fn keep_once(store: &LocalStore, max_bytes: u64, ended: &dyn Fn() -> bool) -> Re
         left = collected.left,
         "the store had more than it may"
     );
-    if collected.left > max_bytes && !ended() {
-        tracing::warn!(
-            left = collected.left,
-            max_bytes,
-            "the store stays larger than it may: the rest is in use, pinned, or younger than ten minutes"
-        );
-    }
-    Ok(())
+    Ok(collected.left <= max_bytes)
 }
 
 impl Root {
