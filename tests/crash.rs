@@ -1,4 +1,8 @@
-//! A store, killed in the middle of everything, and on a disk that is full or fails.
+//! A store, killed in the middle of everything, and on a disk that is full, fails or loses its power.
+//!
+//! A disk that fails is a loop device whose file has no room: writes come back as EIO, when the kernel gets to them.
+//! (The device mapper's `error` and `flakey` targets do more, but few kernels of containers and of small virtual machines
+//! have them.)
 //!
 //! * `COFFERDAM_CRASH_ROUNDS` says how many times each of the first two tests kills the program (20 if it is not set).
 //! * `COFFERDAM_CRASH_SEED` repeats what a failure has told its seed of; the moments still differ, as the clock does.
@@ -8,6 +12,8 @@ use std::process::ExitCode;
 #[path = "support/mod.rs"]
 mod support;
 
+#[path = "crash/device.rs"]
+mod device;
 #[path = "crash/disk.rs"]
 mod disk;
 #[path = "crash/kills.rs"]
@@ -35,6 +41,7 @@ fn main() -> ExitCode {
     };
     let mut trials: Vec<_> = kills::tests().into_iter().map(kill).collect();
     trials.extend(disk::trials());
+    trials.extend(device::trials());
     support::run(trials)
 }
 

@@ -5,6 +5,7 @@
 //! packs/00000000    small blobs, one behind the other
 //! blobs/af/af13…    one read-only file for each blob of more than 64 KiB, named by its digest
 //! index.redb        directories by digest, in canonical encoding, and where small blobs lie in the packs
+//! index.redb.damaged  an index that could not be read, moved aside ([`LocalStore::open_checked`])
 //! tmp/              blobs in the making; swept when the store is opened
 //! ```
 //!
@@ -23,6 +24,9 @@
 //!   of its own, be cut off under its name. One that is empty, and should not be, counts as missing. One of another length does
 //!   not; it is found out when its length is compared with what a tree states
 //!   ([`Closure`](super::closure::Closure)). Storing either again mends it.
+//! * After a sync that failed nothing more is put ([`StoreError::Unsynced`]). A larger blob that was not on disk by then may
+//!   have other bytes under its name, once the page cache is gone; `verify` finds it. On a disk that is merely full,
+//!   what does not fit is refused, and all goes on once there is room.
 //! * An ephemeral store syncs nothing: it goes with its process.
 //! * Blobs in files are not hashed again when they are opened. Whoever hands their bytes on to where they must be right does
 //!   that while it copies them ([`export`](super::tree::export)), or asks for it before

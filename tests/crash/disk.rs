@@ -22,7 +22,7 @@ use crate::{Acknowledged, alone, holds, sound};
 
 /// What a disk is filled with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Filling {
+pub enum Filling {
     /// Blobs that go into packs.
     Small,
     /// Blobs that are files.
@@ -135,7 +135,7 @@ impl Client {
     }
 
     /// Stores trees until one is refused; up to 64 MiB of them.
-    fn fill(
+    pub fn fill(
         &mut self,
         filling: Filling,
         random: &mut Random,
@@ -144,8 +144,21 @@ impl Client {
         (0..640).find_map(|_| self.store_tree(filling, random, acknowledged).err())
     }
 
+    /// Stores a blob, and no directory with it.
+    pub fn store_blob(
+        &mut self,
+        random: &mut Random,
+        acknowledged: &mut Acknowledged,
+    ) -> Result<(), tonic::Status> {
+        let len = random.below(128 << 10);
+        let bytes = random.bytes(len);
+        let digest = self.runtime.block_on(put_blob(&self.channel, bytes, random))?;
+        acknowledged.blobs.insert((digest, len));
+        Ok(())
+    }
+
     /// Stores some 100 KiB: blobs and a directory with them.
-    fn store_tree(
+    pub fn store_tree(
         &mut self,
         filling: Filling,
         random: &mut Random,

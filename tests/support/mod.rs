@@ -41,6 +41,8 @@ pub enum Facility {
     Sources,
     /// The containers of `scripts/container`.
     Container,
+    /// Loop devices.
+    Loop,
     /// pasta, `/dev/net/tun` open to everyone, and root to make networks for it.
     Pasta,
 }
@@ -58,6 +60,7 @@ impl Facility {
             Facility::Cgroup2 => "cgroup2",
             Facility::Sources => "sources",
             Facility::Container => "container",
+            Facility::Loop => "loop",
             Facility::Pasta => "pasta",
         }
     }

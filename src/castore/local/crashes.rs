@@ -193,7 +193,8 @@ proptest! {
 fn filled(dir: &Path) -> (Vec<Digest>, Digest) {
     let store = LocalStore::open(dir).unwrap().store();
     let blobs = put(&store, 0..60);
-    (blobs, (1..30).map(|end| acknowledge(&store, 0..2 * end)).last().unwrap())
+    (1..29).for_each(|end| drop(acknowledge(&store, 0..2 * end)));
+    (blobs, acknowledge(&store, 0..58))
 }
 
 /// Opens a store with an index that is not right, and reads all there is. No panic gets out, and no wrong byte.
@@ -239,7 +240,7 @@ fn no_byte_of_the_index_is_trusted() {
     let (blobs, directory) = filled(dir.path());
     let len = fs::metadata(index(dir.path())).unwrap().len();
     // The header byte by byte, and positions all over the rest.
-    let positions = (0..320).chain((320..len).step_by((len / 250) as usize | 1));
+    let positions = (0..192).chain((192..len).step_by((len / 150) as usize | 1));
     let (mut count, mut moved) = (0, 0);
     for at in positions {
         let crash = crashed(dir.path());

@@ -114,7 +114,10 @@ impl Index {
             // Where others still have the one that failed, it says so itself.
             return Ok(Arc::clone(database));
         }
-        let _ = contained(&self.root, || Ok(drop(slot.take())));
+        let _ = contained(&self.root, || {
+            drop(slot.take());
+            Ok(())
+        });
         let database = Arc::new(open_file(&self.root, Checks::No)?);
         self.failed.store(false, Ordering::Release);
         Ok(Arc::clone(slot.insert(database)))
@@ -405,7 +408,10 @@ impl Index {
 impl Drop for Index {
     /// A damaged database may panic at its end, too.
     fn drop(&mut self) {
-        let _ = contained(&self.root, || Ok(drop(lock(&self.database).take())));
+        let _ = contained(&self.root, || {
+            drop(lock(&self.database).take());
+            Ok(())
+        });
     }
 }
 
