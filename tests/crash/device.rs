@@ -14,6 +14,7 @@ use nix::sys::signal::Signal;
 use tonic::Code;
 
 use crate::disk::{Client, Filling, in_mounts_of_its_own, tmpfs};
+use crate::named;
 use crate::random::Seed;
 use crate::support::daemon::Daemon;
 use crate::support::{self, Case, Facility, Lacking, Mode};
@@ -22,9 +23,10 @@ use crate::{Acknowledged, alone, holds};
 /// How many times the power fails.
 const LOSSES: usize = 6;
 
+type Test = fn(&Case, &Disk);
+
 pub fn trials() -> Vec<Trial> {
-    let tests: [(&str, fn(&Case, &Disk)); 2] = [("failing_disk", failing), ("power_loss", power_loss)];
-    let trial = |(name, test): (&str, fn(&Case, &Disk))| {
+    let trial = |(name, test): (&str, Test)| {
         support::without_fuse(name, Mode::Root, move |case| {
             let _alone = alone();
             let mut outcome = Ok(());
@@ -38,7 +40,7 @@ pub fn trials() -> Vec<Trial> {
             outcome
         })
     };
-    tests.into_iter().map(trial).collect()
+    named![failing_disk, power_loss].map(trial).into()
 }
 
 /// An ext4 file system in a file, which lies on a tmpfs; what is written to it and not on the "disk" yet is in memory
@@ -116,7 +118,7 @@ fn kill(mut daemon: Daemon) {
 
 /// Writes that the kernel had taken fail: the client is told, nothing more is stored, and what was acknowledged before
 /// is on the disk.
-fn failing(case: &Case, disk: &Disk) {
+fn failing_disk(case: &Case, disk: &Disk) {
     let seed = Seed::choose();
     let mut random = seed.random();
     let mut acknowledged = Acknowledged::default();

@@ -60,7 +60,7 @@ async fn store_tree(
     }
     let child = wire::Directory { files, ..Default::default() };
     let entry = |name: &str, child: &wire::Directory| wire::DirectoryEntry {
-        name: name.as_bytes().to_vec().into(),
+        name: name.as_bytes().to_vec(),
         digest: digest_of(child).as_bytes().to_vec(),
         size: 2 * child.files.len() as u64,
     };
