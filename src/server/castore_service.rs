@@ -378,13 +378,13 @@ fn status(error: &StoreError) -> Status {
     match error {
         StoreError::MissingChild { .. } | StoreError::ChildSize { .. } => Status::invalid_argument(text),
         StoreError::Io { .. }
+        | StoreError::Database { .. }
         | StoreError::InUse { .. }
         | StoreError::Unsynced { .. }
         | StoreError::Remote { .. }
         | StoreError::Wrong { .. } => Status::unavailable(text),
         StoreError::TooLarge { .. } => Status::resource_exhausted(text),
-        StoreError::Database { .. }
-        | StoreError::DamagedIndex { .. }
+        StoreError::DamagedIndex { .. }
         | StoreError::Damaged { .. }
         | StoreError::Invalid(_)
         | StoreError::NotAStore { .. }
