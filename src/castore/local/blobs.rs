@@ -220,12 +220,13 @@ impl BlobWriter for Writer {
         };
         let digest = Digest::from(self.hasher.finalize());
         let size = self.hasher.count();
-        // Another length under this name is what a crash of the machine may leave; then it is replaced.
         self.root.keep.rescue(ObjectKind::Blob, &digest);
+        // Another length under this name is what a crash of the machine may leave, and other bytes what a disk that fails
+        // may; a file of which nobody knows that it is sound is replaced by this one, of which that is known.
         let new = self.root.stored_size(&digest)? != Some(size);
-        if new {
+        if new || !self.root.is_hashed(&digest) {
             file.keep(&digest)?;
-            self.root.grow(size);
+            self.root.grow(if new { size } else { 0 });
         }
         Ok(Stored { digest, size, new })
     }

@@ -82,6 +82,12 @@ impl Root {
         }
     }
 
+    /// Whether this process has hashed the blob `digest`, and it has not changed since.
+    pub(super) fn is_hashed(&self, digest: &Digest) -> bool {
+        let now = fstatat(&self.blobs, place(digest).as_str(), AtFlags::AT_SYMLINK_NOFOLLOW);
+        now.is_ok_and(|now| self.verified.0.get(digest) == Some(Identity::from(&now)))
+    }
+
     /// Removes a damaged blob, unless it was replaced meanwhile.
     pub(super) fn discard(&self, digest: &Digest, damaged: Identity) {
         let place = place(digest);

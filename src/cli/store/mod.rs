@@ -14,11 +14,14 @@ mod tar;
 mod untar;
 mod verify;
 
+use std::path::PathBuf;
+
 use clap::{Args, Subcommand};
 use tokio::runtime::Runtime;
 
 use super::{Failed, StateArgs, runtime, start_failed_here};
 use crate::address::Address;
+use crate::castore::local::verify::Repair;
 use crate::castore::remote::RemoteStore;
 use crate::castore::{LocalStore, Store};
 use crate::config::Lifetime;
@@ -164,12 +167,27 @@ impl Source {
     /// # Errors
     /// Where it is another's, in use, or can't be opened.
     fn own(self) -> Result<Own, Failed> {
+        let state = self.state()?;
+        Ok(Own { local: LocalStore::open(&state.store())?, _state: state })
+    }
+
+    /// The same, and checks the store's index; yields where a damaged one was moved to, if `repair` asks for that.
+    ///
+    /// # Errors
+    /// As [`Source::own`]; where the index is damaged and is not to be repaired.
+    fn own_checked(self, repair: Repair) -> Result<(Own, Option<PathBuf>), Failed> {
+        let state = self.state()?;
+        let (local, aside) = LocalStore::open_checked(&state.store(), repair)?;
+        Ok((Own { local, _state: state }, aside))
+    }
+
+    fn state(self) -> Result<StateDir, Failed> {
         match self.claim()? {
             Claimed::Daemon(_) => Err(Failed(
                 "--to is for what can be asked of any store; this is done where the store lies, while no daemon uses it"
                     .into(),
             )),
-            Claimed::Here(state) => Ok(Own { local: LocalStore::open(&state.store())?, _state: state }),
+            Claimed::Here(state) => Ok(state),
         }
     }
 }

@@ -23,8 +23,14 @@ pub struct VerifyArgs {
 /// # Errors
 /// Where the store can't be read.
 pub fn run(args: &VerifyArgs, source: Source) -> Result<u8, Failed> {
-    let own = source.own()?;
     let repair = if args.repair { Repair::Remove } else { Repair::No };
+    let (own, aside) = source.own_checked(repair)?;
+    if let Some(aside) = &aside {
+        remark(format_args!(
+            "the index was damaged; it is now {}, and the directories in it have to be stored again",
+            aside.display()
+        ));
+    }
     let mut line = Line::default();
     let report = own.local.verify(repair, &mut |Progress { done, total }| {
         line.tell(format_args!("verify: {} of {}", Rough(done), Rough(total)));
@@ -43,5 +49,6 @@ pub fn run(args: &VerifyArgs, source: Source) -> Result<u8, Failed> {
         Rough(report.bytes),
         report.directories
     ));
-    Ok(u8::from(if args.repair { other > 0 } else { !report.problems.is_empty() }))
+    let left = if args.repair { other > 0 } else { !report.problems.is_empty() };
+    Ok(u8::from(left || aside.is_some()))
 }
