@@ -22,6 +22,12 @@ const SHOWN_PATH_BYTES: usize = 4096;
 /// How many complete directories are remembered, 100 bytes each.
 const REMEMBERED_DIRECTORIES: usize = 128 * 1024;
 
+/// How many roots are looked for together.
+const LOOKED_AHEAD: usize = 4096;
+
+/// How many blobs are, that were inputs by themselves, 100 bytes each.
+const REMEMBERED_FILES: usize = 64 * 1024;
+
 /// Finds what is wrong with trees, and remembers the directories with which nothing is: the inputs of one
 /// build are mostly those of the one before.
 ///
@@ -29,6 +35,8 @@ const REMEMBERED_DIRECTORIES: usize = 128 * 1024;
 pub struct Closure {
     /// The sizes of complete directories.
     complete: Memo<Digest, u64>,
+    /// The sizes of blobs that were inputs by themselves.
+    files: Memo<Digest, u64>,
     /// How many removals the store had then.
     removals: AtomicU64,
 }
@@ -80,12 +88,17 @@ impl Default for Closure {
 impl Closure {
     /// One that has seen nothing yet.
     pub fn new() -> Self {
-        Self { complete: Memo::new(REMEMBERED_DIRECTORIES), removals: AtomicU64::new(0) }
+        Self {
+            complete: Memo::new(REMEMBERED_DIRECTORIES),
+            files: Memo::new(REMEMBERED_FILES),
+            removals: AtomicU64::new(0),
+        }
     }
 
     /// Gives back the memory of what was found complete.
     pub fn trim(&self) {
         self.complete.clear();
+        self.files.clear();
     }
 
     /// What `store` does not have as the trees of `roots` need it: every directory below them is looked at
@@ -103,19 +116,25 @@ impl Closure {
     ) -> Result<Vec<Finding>, StoreError> {
         let removals = store.directories.removals();
         if self.removals.swap(removals, Ordering::AcqRel) != removals {
-            self.complete.clear();
+            self.trim();
         }
         let mut search = Search {
             store,
             remembered: &self.complete,
+            remembered_files: &self.files,
             directories: HashMap::new(),
             blobs: HashMap::new(),
+            ahead: HashMap::new(),
             findings: Vec::new(),
         };
-        for (path, node) in roots {
-            search.tree(&path, node)?;
-            if search.full() {
-                break;
+        let roots: Vec<(String, &Node)> = roots.into_iter().collect();
+        for some in roots.chunks(LOOKED_AHEAD) {
+            search.look_ahead(some.iter().map(|(_, node)| *node))?;
+            for (path, node) in some {
+                search.tree(path, node)?;
+                if search.full() {
+                    return Ok(search.findings);
+                }
             }
         }
         Ok(search.findings)
@@ -125,10 +144,13 @@ impl Closure {
 struct Search<'a> {
     store: &'a Store,
     remembered: &'a Memo<Digest, u64>,
+    remembered_files: &'a Memo<Digest, u64>,
     /// What was looked at so far. An empty directory and an empty blob have the same digest, so the two are
     /// kept apart.
     directories: HashMap<Digest, Seen>,
     blobs: HashMap<Digest, Option<BlobStat>>,
+    /// Blobs that were looked for, but not asked for yet.
+    ahead: HashMap<Digest, Option<BlobStat>>,
     findings: Vec<Finding>,
 }
 
@@ -158,7 +180,12 @@ impl Search<'_> {
         let mut next = match node {
             Node::Symlink { .. } => return Ok(()),
             Node::File { digest, size, .. } => {
-                return self.blob(digest, *size, || root.to_owned()).map(drop);
+                if self.remembered_files.get(digest) != Some(*size)
+                    && self.blob(digest, *size, || root.to_owned())?
+                {
+                    self.remembered_files.insert(*digest, *size, 1);
+                }
+                return Ok(());
             }
             Node::Directory { digest, size } => (*digest, *size),
         };
@@ -225,6 +252,7 @@ impl Search<'_> {
         root: &str,
         above: &[Open],
     ) -> Result<Open, StoreError> {
+        self.look_ahead(directory.entries().map(|(_, node)| node))?;
         let mut complete = true;
         let mut left = Vec::new();
         for (name, node) in directory.entries() {
@@ -239,12 +267,33 @@ impl Search<'_> {
         Ok(Open { digest, size: directory.size(), left: left.into_iter(), current: None, complete })
     }
 
+    /// Looks for blobs that will be asked for one by one: a store is faster at many together.
+    fn look_ahead<'n>(&mut self, nodes: impl Iterator<Item = &'n Node>) -> Result<(), StoreError> {
+        let unknown = |node: &Node| match node {
+            Node::File { digest, size, .. }
+                if !self.blobs.contains_key(digest) && self.remembered_files.get(digest) != Some(*size) =>
+            {
+                Some(*digest)
+            }
+            _ => None,
+        };
+        let mut digests: Vec<Digest> = nodes.filter_map(unknown).collect();
+        digests.sort_unstable();
+        digests.dedup();
+        let stats = self.store.blobs.stat_all(&digests)?;
+        self.ahead = digests.into_iter().zip(stats).collect();
+        Ok(())
+    }
+
     /// Looks for the blob of a file; whether it is as needed.
     fn blob(&mut self, digest: &Digest, stated: u64, place: impl Fn() -> String) -> Result<bool, StoreError> {
         let stat = match self.blobs.get(digest) {
             Some(stat) => *stat,
             None => {
-                let stat = self.store.blobs.stat(digest)?;
+                let stat = match self.ahead.remove(digest) {
+                    Some(stat) => stat,
+                    None => self.store.blobs.stat(digest)?,
+                };
                 self.blobs.insert(*digest, stat);
                 if stat.is_none() {
                     self.report(ObjectKind::Blob, digest, Problem::Missing, &place);

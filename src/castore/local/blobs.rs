@@ -11,7 +11,7 @@ use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
 use super::Root;
-use super::packs::{Packs, SMALL_BYTES};
+use super::packs::{Packs, Place, SMALL_BYTES};
 use crate::castore::file_blob::FileBlob;
 use crate::castore::memory::MemoryBlob;
 use crate::castore::node::Digest;
@@ -51,6 +51,17 @@ impl BlobService for Blobs {
             None => self.root.stored_size(digest)?,
         };
         Ok(size.map(|size| BlobStat { size: Some(size) }))
+    }
+
+    fn stat_all(&self, digests: &[Digest]) -> Result<Vec<Option<BlobStat>>, StoreError> {
+        let stat = |(digest, place): (&Digest, Option<Place>)| {
+            let size = match place {
+                Some(place) => Some(u64::from(place.len)),
+                None => self.root.stored_size(digest)?,
+            };
+            Ok(size.map(|size| BlobStat { size: Some(size) }))
+        };
+        digests.iter().zip(self.packs.find_all(digests)?).map(stat).collect()
     }
 
     fn open(&self, digest: &Digest) -> Result<Option<Arc<dyn Blob>>, StoreError> {

@@ -203,6 +203,18 @@ impl Index {
         })
     }
 
+    /// [`Index::place`] for many, in their order.
+    pub(super) fn places_of(&self, digests: &[Digest]) -> Result<Vec<Option<Place>>, StoreError> {
+        self.read(|reading| {
+            let table = reading.open_table(SMALL).map_err(|error| refused("read", error))?;
+            let place = |digest: &Digest| {
+                let found = table.get(digest.as_bytes()).map_err(|error| refused("read", error))?;
+                Ok(found.map(|found| found.value().into()))
+            };
+            digests.iter().map(place).collect()
+        })
+    }
+
     /// Up to where the records of a pack are known.
     pub(super) fn known(&self, pack: u32) -> Result<Option<u64>, StoreError> {
         self.read(|reading| {

@@ -263,6 +263,17 @@ impl Packs {
         Ok(places)
     }
 
+    /// [`Packs::find`] for many, in their order.
+    pub(super) fn find_all(&self, digests: &[Digest]) -> Result<Vec<Option<Place>>, StoreError> {
+        digests.iter().for_each(|digest| self.root.keep.rescue(ObjectKind::Blob, digest));
+        let pending: Vec<_> = {
+            let state = self.state();
+            digests.iter().map(|digest| state.pending.get(digest).copied()).collect()
+        };
+        let indexed = self.index.places_of(digests)?;
+        Ok(pending.into_iter().zip(indexed).map(|(pending, indexed)| pending.or(indexed)).collect())
+    }
+
     /// The contents of the blob `digest`, which lies at `place`, compared with the digest.
     ///
     /// A damaged one is forgotten, so that it can be stored again.
@@ -305,6 +316,7 @@ impl Packs {
 
     /// Forgets that blobs lie where they are said to.
     pub(super) fn forget(&self, blobs: &[(Digest, Place)]) -> Result<(), StoreError> {
+        self.root.keep.removed();
         let mut state = self.state();
         for (digest, place) in blobs {
             if state.pending.get(digest) == Some(place) {

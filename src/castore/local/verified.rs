@@ -90,6 +90,8 @@ impl Root {
 
     /// Removes a damaged blob, unless it was replaced meanwhile.
     pub(super) fn discard(&self, digest: &Digest, damaged: Identity) {
+        // Whoever remembers that it is there forgets that.
+        self.keep.removed();
         let place = place(digest);
         let now = fstatat(&self.blobs, place.as_str(), AtFlags::AT_SYMLINK_NOFOLLOW);
         if now.is_ok_and(|now| Identity::from(&now) == damaged)
