@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use nix::unistd::{Gid, Uid};
 
 use super::battery::{COPY, Order, Reply, SHOWN};
-use super::left::{Difference, Scope, Snapshot, blind_spots, differences};
+use super::left::{Difference, MEMORY, Scope, Snapshot, blind_spots, differences};
 use super::mode::Become;
 use super::report::{ModeReport, ProbeReport};
 use super::{Company, DEADLINE, Mode, Outcome, Probe, Profile};
@@ -165,6 +165,10 @@ impl Session<'_> {
             self.seen.push(result);
         }
         if !left.is_empty() {
+            left = self.again(batch, &left)?;
+        }
+        // What is remembered to save work is bounded, but may take several rounds to come to its bounds.
+        if !left.is_empty() && left.iter().all(|thing| thing.kind == MEMORY) {
             left = self.again(batch, &left)?;
         }
         if left.is_empty() {

@@ -47,6 +47,8 @@ const CANARIES: [&str; 22] = [
 
 /// Kinds of things that builds have while they run: that one is gone is as it should be.
 const TRANSIENT: [&str; 6] = [PROCESS, CONNECTION, BUILD, GROUP, KEY, SOCKET];
+/// What the worker holds of it. It counts only where it grows again and again.
+pub const MEMORY: &str = "memory";
 const PROCESS: &str = "process";
 const CONNECTION: &str = "FUSE connection";
 const BUILD: &str = "directory of a build";
@@ -228,7 +230,7 @@ pub fn differences(before: &Snapshot, after: &Snapshot) -> Vec<Difference> {
     }
     if after.memory_kib > before.memory_kib + MEMORY_SLACK_KIB {
         let (now, then) = (after.memory_kib, before.memory_kib);
-        all.push(Difference::new("memory", format!("memory of the worker: {now} KiB, before {then}")));
+        all.push(Difference::new(MEMORY, format!("memory of the worker: {now} KiB, before {then}")));
     }
     all
 }
