@@ -50,7 +50,10 @@ fn daemon_under_load(case: &Case) {
         if random.below(3) == 0 {
             killed_at_its_start(case, &mut random);
             at_start += 1;
-            holds(&case.path("state"), &acknowledged);
+            // One that was hardly born has made no store yet, and this test must not make it one.
+            if case.path("state/cofferdam.lock").exists() {
+                holds(&case.path("state"), &acknowledged);
+            }
         }
         let begun = Instant::now();
         let daemon = Daemon::start(case, &["--no-builds"]);
@@ -78,8 +81,6 @@ fn killed_at_its_start(case: &Case, random: &mut Random) {
     std::thread::sleep(random.time(Duration::from_millis(30)));
     child.kill().unwrap();
     child.wait().unwrap();
-    // One that was not even born has made nothing.
-    std::fs::create_dir_all(case.path("state")).unwrap();
 }
 
 /// Lets clients store until the daemon is killed, and yields what was acknowledged to each.
