@@ -47,6 +47,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use nix::libc;
 
+use super::node::Digest;
 use super::traits::{Store, StoreError};
 use crate::config::Lifetime;
 pub use index::Object;
@@ -135,15 +136,20 @@ impl LocalStore {
         Ok(Self { root, index, packs, store })
     }
 
-    /// The files of blobs that have one, and what else lies there.
-    fn blob_files(&self) -> Result<Vec<fs::DirEntry>, StoreError> {
+    /// The files of blobs that have one, with the digests that they are named by; and what else lies there.
+    fn blob_files(&self) -> Result<Vec<(Option<Digest>, fs::DirEntry)>, StoreError> {
         let list = |dir: &Path| {
             let entries = fs::read_dir(dir).and_then(Iterator::collect::<io::Result<Vec<_>>>);
             entries.map_err(|error| failed("list", dir, error))
         };
+        let blobs = self.root.path.join("blobs");
+        let named = |file: fs::DirEntry| {
+            let digest = file.file_name().to_str().and_then(|name| name.parse::<Digest>().ok());
+            (digest.filter(|digest| blobs.join(blobs::place(digest)) == file.path()), file)
+        };
         let mut files = Vec::new();
-        for parent in list(&self.root.path.join("blobs"))? {
-            files.extend(list(&parent.path())?);
+        for parent in list(&blobs)? {
+            files.extend(list(&parent.path())?.into_iter().map(named));
         }
         Ok(files)
     }

@@ -18,7 +18,7 @@ use nix::unistd::{UnlinkatFlags, unlinkat};
 use super::index::Object;
 use super::keep::seconds;
 use super::packs::{Contents, Place};
-use super::{LocalStore, blobs, failed};
+use super::{LocalStore, blobs, failed, index};
 use crate::castore::node::{Digest, Directory, Node};
 use crate::castore::traits::StoreError;
 use crate::castore::tree::ObjectKind;
@@ -253,9 +253,8 @@ impl LocalStore {
     /// Large blobs, their lengths and the times of their files.
     fn large(&self) -> Result<Vec<(Digest, u64, u64)>, StoreError> {
         let mut large = Vec::new();
-        for file in self.blob_files()? {
-            let name = file.file_name();
-            let Some(digest) = name.to_str().and_then(|name| name.parse::<Digest>().ok()) else { continue };
+        for (digest, file) in self.blob_files()? {
+            let Some(digest) = digest else { continue };
             match file.metadata() {
                 Ok(found) => {
                     let time = found.modified().map_or(0, seconds);
@@ -280,7 +279,7 @@ impl LocalStore {
     }
 
     fn index_bytes(&self) -> Result<u64, StoreError> {
-        let path = self.root.path.join("index.redb");
+        let path = self.root.path.join(index::FILE_NAME);
         Ok(fs::metadata(&path).map_err(|error| failed("look at", &path, error))?.len())
     }
 

@@ -1,6 +1,6 @@
 //! Is everything in a store what its name says, and is nothing missing?
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -121,13 +121,13 @@ impl LocalStore {
     ) -> Result<Report, StoreError> {
         let mut report = Report::default();
         let found = self.check_blobs(&mut report, progress)?;
-        let damaged = self.check_directories(&mut report, &found.sizes)?;
+        let (sound, damaged) = self.check_directories(&mut report, &found.sizes)?;
         if repair == Repair::Remove {
             self.packs.forget(&found.damaged_small)?;
             for (digest, identity) in found.damaged_large {
                 self.root.discard(&digest, identity);
             }
-            self.index.remove_directories(&damaged)?;
+            self.index.remove_directories(&self.with_all_above(sound, damaged)?)?;
             self.store.directories.trim();
         }
         Ok(report)
@@ -157,11 +157,9 @@ impl LocalStore {
     /// The blobs with files of their own, and how long these are.
     fn large_blobs(&self, report: &mut Report) -> Result<Vec<(Digest, u64)>, StoreError> {
         let mut blobs = Vec::new();
-        let dir = self.root.path.join("blobs");
-        for file in self.blob_files()? {
+        for (digest, file) in self.blob_files()? {
             let path = file.path();
-            let digest = file.file_name().to_str().and_then(|name| name.parse::<Digest>().ok());
-            match digest.filter(|digest| dir.join(super::blobs::place(digest)) == path) {
+            match digest {
                 Some(digest) => {
                     let len = file.metadata().map_err(|error| failed("look at", &path, error))?.len();
                     blobs.push((digest, len));
@@ -175,12 +173,12 @@ impl LocalStore {
         Ok(blobs)
     }
 
-    /// Checks all directories; yields those that are damaged, or contain one that is damaged or missing.
+    /// Checks all directories; yields the sizes of those that are sound by themselves, and those that are damaged.
     fn check_directories(
         &self,
         report: &mut Report,
         blobs: &HashMap<Digest, u64>,
-    ) -> Result<Vec<Digest>, StoreError> {
+    ) -> Result<(HashMap<Digest, u64>, Vec<Digest>), StoreError> {
         let mut sizes = HashMap::new();
         let mut bad = Vec::new();
         self.index.each_directory(|digest, bytes| {
@@ -194,27 +192,27 @@ impl LocalStore {
             }
             Ok(())
         })?;
-        let mut told = HashMap::new();
+        let mut told = HashSet::new();
         self.index.each_directory(|digest, bytes| {
             let Some(directory) = sizes.get(&digest).and_then(|_| Directory::decode(bytes).ok()) else {
                 return Ok(());
             };
             for (_, node) in directory.entries() {
                 if let Some(problem) = misfit(digest, node, &sizes, blobs)
-                    && told.insert(problem_key(&problem), ()).is_none()
+                    && told.insert(problem_key(&problem))
                 {
                     report.problems.push(problem);
                 }
             }
             Ok(())
         })?;
-        self.with_all_above(&mut sizes, bad)
+        Ok((sizes, bad))
     }
 
     /// Adds to `bad` all directories that contain one of them, or a missing one, at whatever depth.
     fn with_all_above(
         &self,
-        sound: &mut HashMap<Digest, u64>,
+        mut sound: HashMap<Digest, u64>,
         mut bad: Vec<Digest>,
     ) -> Result<Vec<Digest>, StoreError> {
         loop {
